@@ -1,0 +1,91 @@
+"""Borrow the user's model and give it back exactly as it came, exceptions included."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
+    """Lend `model` for measuring: eval mode inside, everything as before outside.
+
+    Kept: each module's training flag, each parameter's `requires_grad` and `.grad`, the buffers' values, and the
+    random state of Python, NumPy and torch. Inside, every `.grad` is None, gradients are enabled, and the random
+    generators start from `seed` if one is given. Weights are not copied: who changes them puts them back.
+    """
+    with preserved_flags(model), preserved_buffers(model), preserved_rng(model, seed), torch.enable_grad():
+        model.eval()
+        yield
+
+
+@contextmanager
+def preserved_flags(model: nn.Module) -> Iterator[None]:
+    """Keep every module's training flag and every parameter's `requires_grad` and `.grad`, which is None inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep the values of all buffers, such as BatchNorm's running statistics."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Keep the random state of Python, NumPy, torch and the model's CUDA devices; start from `seed` if given."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def frozen_for_attack(model: nn.Module) -> Iterator[None]:
+    """Keep training flags and parameters' gradients untouched while an attack runs.
+
+    torchattacks restores training mode with one top-level `.train()`, which thaws frozen layers, and not at all after
+    an exception; CW calls `.backward()`, which would add to every parameter's `.grad`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
