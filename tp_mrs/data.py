@@ -1,0 +1,258 @@
+"""Image classification data sets, in [0, 1], with a training and a test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision import datasets
+from torchvision.transforms import v2 as transforms
+
+from .errors import InputError, check_choice, check_count
+
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: `train` is augmented, `calibration` is the same images without augmentation, `test` is held out.
+
+    Each yields `(image, label)`: a float32 tensor (C, H, W) in [0, 1] and an int. `mean` and `std` are the training
+    split's, per channel.
+    """
+
+    name: str
+    num_classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Dataset[Any]
+    calibration: Dataset[Any]
+    test: Dataset[Any]
+
+
+def load_data(
+    name: str, data_dir: str | Path | None = None, *, download: bool = False, image_size: int = 224
+) -> ImageData:
+    """Load a data set by name.
+
+    Args:
+        name: `digits` (needs no files), `cifar10`, `cifar100`, `svhn`, `tiny-imagenet` (its published layout), or
+            `image-folder` (`train/` and `val/` or `test/`, a folder per class).
+        data_dir: folder that holds the data set as published.
+        download: let torchvision fetch CIFAR or SVHN into `data_dir` if it is not there.
+        image_size: side to which the images of an `image-folder` are resized and cropped, in pixels.
+
+    Raises:
+        InputError: unknown name, missing `data_dir`, or the files are not there.
+    """
+    check_choice("data", name, LOADERS)
+    if name == "digits":
+        return _digits()
+    if data_dir is None:
+        raise InputError(f"data_dir: {name} needs the folder that holds it; give data_dir (--data-dir)")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir() and not download:
+        raise InputError(f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download")
+    if name == "image-folder":
+        return _image_folder(root, image_size)
+    return LOADERS[name](root, download)
+
+
+def make_loader(
+    dataset: Dataset[Any], *, batch_size: int, shuffle: bool = False, seed: int = 0, workers: int = 0
+) -> DataLoader[Any]:
+    """A `DataLoader` whose order depends on `seed` alone."""
+    check_count("batch_size", batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, num_workers=workers)
+
+
+def random_subset(dataset: Dataset[Any], count: int, *, seed: int = 0) -> Dataset[Any]:
+    """`count` images drawn without replacement; the whole set if it has no more."""
+    total = len(dataset)  # type: ignore[arg-type]
+    if count >= total:
+        return dataset
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return Subset(dataset, order[:count].tolist())
+
+
+# --- the data sets -----------------------------------------------------------------------------------------------
+
+
+def _digits() -> ImageData:
+    """scikit-learn's 1,797 handwritten digits (8×8, 16 grey levels), enlarged to 32×32; 1,297 train, 500 test."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise InputError("data: digits needs scikit-learn; install tp_mrs[cli]") from error
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).div(16).unsqueeze(1)
+    images = torch.nn.functional.interpolate(images, size=32, mode="bilinear", align_corners=False)
+    labels = torch.tensor(bunch.target, dtype=torch.long)
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=500, random_state=0, stratify=bunch.target
+    )
+    plain = TensorDataset(images[train], labels[train])
+    mean, std = images[train].mean().item(), images[train].std().item()
+    return ImageData(
+        "digits",
+        10,
+        (1, 32, 32),
+        (mean,),
+        (std,),
+        _Augmented(plain, transforms.RandomCrop(32, padding=2)),
+        plain,
+        TensorDataset(images[test], labels[test]),
+    )
+
+
+class _Augmented(Dataset[Any]):
+    """A tensor data set whose images go through `transform` each time they are drawn."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
+def _augmentation(size: int, *, flip: bool) -> Transform:
+    steps: list[Any] = [transforms.RandomCrop(size, padding=size // 8)]
+    if flip:
+        steps.append(transforms.RandomHorizontalFlip())
+    return transforms.Compose([*steps, _TO_TENSOR])
+
+
+_TO_TENSOR = transforms.Compose([transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True)])
+
+
+def _torchvision(
+    name: str,
+    make: Callable[[bool, Transform], Dataset[Any]],
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    flip: bool,
+) -> ImageData:
+    try:
+        return ImageData(
+            name,
+            num_classes,
+            (3, 32, 32),
+            tuple(mean),
+            tuple(std),
+            make(True, _augmentation(32, flip=flip)),
+            make(True, _TO_TENSOR),
+            make(False, _TO_TENSOR),
+        )
+    except RuntimeError as error:
+        raise InputError(f"data_dir: found no usable {name} ({error})") from error
+
+
+def _cifar10(root: Path, download: bool) -> ImageData:
+    def make(train: bool, transform: Transform) -> Dataset[Any]:
+        return datasets.CIFAR10(root, train=train, transform=transform, download=download)
+
+    return _torchvision("cifar10", make, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), flip=True)
+
+
+def _cifar100(root: Path, download: bool) -> ImageData:
+    def make(train: bool, transform: Transform) -> Dataset[Any]:
+        return datasets.CIFAR100(root, train=train, transform=transform, download=download)
+
+    return _torchvision("cifar100", make, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), flip=True)
+
+
+def _svhn(root: Path, download: bool) -> ImageData:
+    def make(train: bool, transform: Transform) -> Dataset[Any]:
+        split = "train" if train else "test"
+        return datasets.SVHN(str(root), split=split, transform=transform, download=download)
+
+    return _torchvision("svhn", make, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), flip=False)
+
+
+class _ImageFiles(Dataset[Any]):
+    """Image files with labels, read as RGB."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], transform: Transform) -> None:
+        self.files, self.transform = list(files), transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        return self.transform(datasets.folder.default_loader(str(path))), label
+
+
+def _tiny_imagenet(root: Path, download: bool) -> ImageData:
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    annotations = root / "val" / "val_annotations.txt"
+    if not (root / "train").is_dir() or not annotations.is_file():
+        raise InputError(
+            f"data_dir: expected tiny-imagenet as published in {root} (train/<class>/images/, val/val_annotations.txt)"
+        )
+    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    label_of = {name: label for label, name in enumerate(classes)}
+    train = [
+        (path, label)
+        for name, label in label_of.items()
+        for path in sorted((root / "train" / name / "images").glob("*.JPEG"))
+    ]
+    rows = (line.split("\t") for line in annotations.read_text().splitlines() if line.strip())
+    test = [(root / "val" / "images" / row[0], label_of[row[1]]) for row in rows if row[1] in label_of]
+    if not train or not test:
+        raise InputError(f"data_dir: found {len(train)} training and {len(test)} validation images in {root}")
+    return ImageData(
+        "tiny-imagenet",
+        len(classes),
+        (3, 64, 64),
+        (0.4802, 0.4481, 0.3975),
+        (0.2770, 0.2691, 0.2821),
+        _ImageFiles(train, _augmentation(64, flip=True)),
+        _ImageFiles(train, _TO_TENSOR),
+        _ImageFiles(test, _TO_TENSOR),
+    )
+
+
+def _image_folder(root: Path, size: int) -> ImageData:
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or held_out is None:
+        raise InputError(f"data_dir: expected train/ and val/ (or test/) in {root}, each with a folder per class")
+    centre = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), _TO_TENSOR])
+    random = transforms.Compose(
+        [transforms.RandomResizedCrop(size, scale=(0.5, 1)), transforms.RandomHorizontalFlip(), _TO_TENSOR]
+    )
+    try:
+        train, calibration, test = (
+            datasets.ImageFolder(str(folder), transform)
+            for folder, transform in ((root / "train", random), (root / "train", centre), (held_out, centre))
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"data_dir: {error}") from error
+    if train.classes != test.classes:
+        raise InputError(f"data_dir: {root / 'train'} and {held_out} have different class folders")
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return ImageData("image-folder", len(train.classes), (3, size, size), *imagenet, train, calibration, test)
+
+
+LOADERS: dict[str, Callable[..., ImageData]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "svhn": _svhn,
+    "tiny-imagenet": _tiny_imagenet,
+    "image-folder": _image_folder,
+}

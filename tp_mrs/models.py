@@ -1,0 +1,140 @@
+"""Make timm models ready: small images, and normalisation inside the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models.byobnet import ByobNet
+from timm.models.resnet import ResNet
+from timm.models.vgg import VGG, ConvMlp
+from torch import Tensor, nn
+
+from .errors import InputError, check_count
+
+SMALL_IMAGE = 64
+"""Images of at most this many pixels a side get a network that does not shrink them at its entrance."""
+
+
+def create_model(
+    architecture: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    image_size: int = 224,
+    pretrained: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """`timm.create_model`, fitted to small images, and remembering how it was made so that it can be saved.
+
+    At 64 pixels and less, a ResNet gets a 3×3 stem of stride 1 without pooling, a VGG a 1×1 head in place of the
+    7×7 one, and MobileViT a stem of stride 1: the usual forms for CIFAR. Other families stay as timm makes them.
+
+    Args:
+        architecture: a name from `timm.list_models()`.
+        num_classes: number of outputs.
+        in_chans: channels of the images.
+        image_size: height and width of the images, in pixels.
+        pretrained: load timm's weights.
+        **arguments: further arguments of timm's, such as `channels=(16, 32, 64, 128)` for a narrow ResNet.
+
+    Raises:
+        InputError: timm has no such model, or an argument is out of range.
+    """
+    check_count("num_classes", num_classes)
+    check_count("in_chans", in_chans)
+    check_count("image_size", image_size)
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise InputError(f"model: timm has no architecture {architecture!r}; {hint}")
+    try:
+        model = timm.create_model(
+            architecture, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **arguments
+        )
+    except TypeError as error:
+        raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {error}") from error
+    if image_size <= SMALL_IMAGE:
+        _fit_small_images(model, in_chans)
+    model.tp_mrs_recipe = {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "image_size": image_size,
+        **arguments,
+    }
+    return model
+
+
+def _fit_small_images(model: nn.Module, in_chans: int) -> None:
+    if isinstance(model, ResNet):
+        width = model.bn1.num_features
+        model.conv1 = nn.Conv2d(in_chans, width, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif isinstance(model, VGG):
+        features = model.pre_logits.fc1.in_channels
+        model.pre_logits = ConvMlp(features, features, kernel_size=1, drop_rate=0.0)
+        model.num_features = model.head_hidden_size = features
+        model.head.in_features = features
+        model.reset_classifier(model.num_classes)
+    elif isinstance(model, ByobNet):
+        model.stem.conv.stride = (1, 1)
+
+
+class Normalize(nn.Module):
+    """`(images - mean) / std`, per channel. The two statistics are not part of the state dict."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Make `model` normalise its images itself, so that attacks and perturbation sizes live in [0, 1].
+
+    The model is changed in place and returned. Its modules keep their names and its state dict its keys: the step
+    is a submodule called `normalize`, run by a forward pre-hook. Calling again replaces the statistics.
+
+    Args:
+        model: takes images of shape (N, C, H, W).
+        mean: per channel, in units of [0, 1]; C numbers, or one for all.
+        std: likewise, above 0.
+
+    Raises:
+        InputError: lengths differ, a std is not positive, or the model has another submodule called `normalize`.
+
+    >>> model = normalize(nn.Sequential(nn.Flatten()), [0.5], [0.25])
+    >>> model(torch.full((1, 1, 1, 2), 0.75))
+    tensor([[1., 1.]])
+    """
+    if len(mean) != len(std) or len(mean) == 0 or min(std) <= 0:
+        raise InputError(f"mean, std: expected one of each per channel with std > 0, got mean={mean}, std={std}")
+    existing = getattr(model, "normalize", None)
+    if existing is not None and not isinstance(existing, Normalize):
+        raise InputError("model: it has an attribute called 'normalize' already; rename that one")
+    step = Normalize(mean, std)
+    reference = next(model.parameters(), None)
+    model.normalize = step if reference is None else step.to(reference.device)
+    if existing is None:
+        model.register_forward_pre_hook(_normalize_input)
+    return model
+
+
+def _normalize_input(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    step = model.normalize
+    assert isinstance(step, Normalize)  # noqa: S101 (set by normalize(); tells the type checker)
+    return (step(inputs[0]), *inputs[1:])
