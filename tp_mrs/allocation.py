@@ -1,0 +1,259 @@
+"""Set each coupled group's pruning ratio by its sensitivity, so that the pruned model meets a budget."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .borrowing import borrowed
+from .errors import InputError, check_count, check_example_inputs, check_number
+from .importance import geometric_mean
+from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio
+from .sensitivity import Sensitivity
+
+TOLERANCE = 0.01
+"""How far the pruned model may be from the target, as a fraction of the target."""
+
+Kept = dict[str, int]
+"""Units kept of each group."""
+
+
+def allocate(
+    model: nn.Module,
+    example_inputs: Tensor,
+    sensitivity: Sensitivity,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    channels: float | None = None,
+    alpha: float = 1.0,
+    min_keep: float = 0.1,
+    round_to: int | None = None,
+) -> dict[nn.Module, float]:
+    """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
+
+    Group g keeps the fraction `k_g = clip(κ · (MRS_g / geometric mean)^α, min_keep, 1)` of its channels. κ is found by
+    bisection; the channels lost to rounding go to the groups that rounding hurt most. The budget is then counted on a
+    pruned copy of the model.
+
+    Args:
+        model: the model that `sensitivity` was measured on; stays as it is.
+        example_inputs: (N, C, H, W), on the model's device.
+        sensitivity: from `measure_sensitivity`.
+        macs, params, channels: the budget, as a fraction of the model's multiply-accumulates, parameters, or prunable
+            channels; give exactly one, in (0, 1].
+        alpha: how much the sensitivity counts. 0 prunes all groups alike.
+        min_keep: least fraction of its channels that a group keeps, in (0, 1]; at least one channel stays anyway.
+        round_to: keep multiples of so many channels (or all of a group's).
+
+    Returns:
+        Root layer of each group → fraction of its channels to remove. Pass it as `pruning_ratio_dict` to a local
+        (not `global_pruning`) pruner made with `**tp_mrs.pruner_kwargs(model)`.
+
+    Raises:
+        InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
+    """
+    measure, target = single_budget(macs=macs, params=params, channels=channels)
+    check_number("alpha", alpha, low=0)
+    check_number("min_keep", min_keep, low=0, high=1, open_low=True)
+    if round_to is not None:
+        check_count("round_to", round_to)
+    check_example_inputs(model, example_inputs)
+    groups = prunable_groups(model, example_inputs)
+    if [group.name for group in groups] != list(sensitivity.groups):
+        raise InputError(
+            "sensitivity: it was measured on a model with other groups; measure it on the model you allocate for"
+        )
+    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), sensitivity.groups, alpha, min_keep, round_to)
+    kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure))
+    modules = dict(model.named_modules())
+    return {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
+
+
+def single_budget(**budgets: float | None) -> tuple[str, float]:
+    """Name and value of the one budget given, a fraction in (0, 1]; `InputError` if there are none or several."""
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise InputError(
+            f"{', '.join(budgets)}: give exactly one budget, such as macs=0.5; got {', '.join(given) or 'none'}"
+        )
+    ((name, value),) = given.items()
+    check_number(name, value, low=0, high=1, open_low=True)
+    return name, value
+
+
+def amount(model: nn.Module, example_inputs: Tensor, measure: str) -> int:
+    """How much the model has of `measure`: MACs for one image, parameters, or prunable channels (units)."""
+    if measure == "channels":
+        return sum(group.units for group in prunable_groups(model, example_inputs))
+    macs, params = count(model, example_inputs)
+    return macs if measure == "macs" else params
+
+
+# --- what a plan would cost --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of a layer, `full · (fraction of its inputs kept) · (fraction of its outputs kept)`.
+
+    `outputs` and `inputs`: group → fraction of the layer's channels that each removed unit of the group takes.
+    """
+
+    full: float
+    outputs: Mapping[str, float]
+    inputs: Mapping[str, float]
+
+    def at(self, removed: Mapping[str, int]) -> float:
+        """The cost once `removed` units of each group are gone."""
+        out = 1 - sum(removed[group] * share for group, share in self.outputs.items())
+        into = 1 - sum(removed[group] * share for group, share in self.inputs.items())
+        return self.full * max(out, 0.0) * max(into, 0.0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that decides how many units each group keeps. Costs are fractions of the dense model's."""
+
+    groups: Sequence[Group]
+    costs: Sequence[LayerCost]
+    scores: Mapping[str, float]
+    alpha: float
+    min_keep: float
+    round_to: int | None
+
+    def choices(self, group: Group) -> list[int]:
+        """Numbers of units that the group may keep, ascending."""
+        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, group.repeats)
+        lowest = max(1, math.ceil(self.min_keep * group.units - 1e-9))
+        multiples = [units for units in range(step, group.units, step) if units >= lowest]
+        return [*multiples, group.units]
+
+    def wanted(self, scale: float) -> dict[str, float]:
+        """Units that each group would keep at κ = `scale` if they could be split."""
+        mean = geometric_mean(self.scores.values())
+        weights = {name: max(score / mean, 1e-9) ** self.alpha for name, score in self.scores.items()}
+        return {group.name: min(scale * weights[group.name], 1.0) * group.units for group in self.groups}
+
+    def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
+        kept = {}
+        for group in self.groups:
+            choices = self.choices(group)
+            kept[group.name] = max((c for c in choices if c <= wanted[group.name] + 1e-9), default=choices[0])
+        return kept
+
+    def cost(self, kept: Kept) -> float:
+        removed = {group.name: group.units - kept[group.name] for group in self.groups}
+        return sum(layer.at(removed) for layer in self.costs)
+
+    def solve(self, target: float) -> Kept:
+        """The plan that costs at most `target` and comes closest to it; the smallest plan if none is that cheap."""
+        low, high = 1e-12, 1e12
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.cost(self.rounded_down(self.wanted(middle))) <= target else (low, middle)
+        wanted = self.wanted(high)
+        return self._filled(self.rounded_down(self.wanted(low)), wanted, target)
+
+    def _filled(self, kept: Kept, wanted: Mapping[str, float], target: float) -> Kept:
+        """Hand out what rounding left over, one step a group and round, to those furthest below what they wanted."""
+        kept = dict(kept)
+        while True:
+            changed = False
+            for group in sorted(self.groups, key=lambda g: kept[g.name] - wanted[g.name]):
+                larger = [choice for choice in self.choices(group) if choice > kept[group.name]]
+                if larger and self.cost({**kept, group.name: larger[0]}) <= target:
+                    kept[group.name] = larger[0]
+                    changed = True
+            if not changed or self.cost(kept) >= target * (1 - TOLERANCE / 4):
+                return kept
+
+
+def _costs(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], measure: str) -> list[LayerCost]:
+    """The model's cost, layer by layer, in fractions of the whole."""
+    if measure == "channels":
+        total = sum(group.units for group in groups)
+        return [LayerCost(group.units / total, {group.name: 1 / group.units}, {}) for group in groups]
+    with borrowed(model):
+        macs, params, by_layer, _ = tp.utils.count_ops_and_params(model, example_inputs[:1], layer_wise=True)
+    outputs, inputs = _shares(model, groups)
+    costs: list[LayerCost] = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()):
+            continue
+        out, into = outputs.get(name, {}), inputs.get(name, {})
+        if measure == "macs":
+            costs.append(LayerCost(float(by_layer.get(module) or 0) / macs, out, into))
+            continue
+        sizes = {key: parameter.numel() / params for key, parameter in module.named_parameters(recurse=False)}
+        if isinstance(module, LAYERS):
+            costs.append(LayerCost(sizes.pop("weight"), out, into))
+        costs.append(LayerCost(sum(sizes.values()), out, {}))
+    return [*costs, LayerCost(1 - sum(cost.full for cost in costs), {}, {})]
+
+
+def _shares(
+    model: nn.Module, groups: Sequence[Group]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Layer → group → fraction of the layer's output, and of its input channels, that one unit takes away."""
+    modules = dict(model.named_modules())
+    outputs: dict[str, dict[str, float]] = {}
+    inputs: dict[str, dict[str, float]] = {}
+    for group in groups:
+        for member in group.members:
+            width = _width(modules[member.name], "out" if member.side == "both" else member.side)
+            if width:
+                side = inputs if member.side == "in" else outputs
+                side.setdefault(member.name, {})[group.name] = member.per_unit / width
+    return outputs, inputs
+
+
+def _width(module: nn.Module, side: str) -> int:
+    """Number of output or input channels of a layer; 0 for what has none."""
+    names = {
+        "out": ("out_channels", "out_features", "num_features", "num_channels"),
+        "in": ("in_channels", "in_features", "num_features", "num_channels"),
+    }[side]
+    for name in names:
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    shape = getattr(module, "normalized_shape", None)
+    return int(shape[-1]) if shape else 0
+
+
+# --- meeting the budget ------------------------------------------------------------------------------------------
+
+
+def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], float]) -> Kept:
+    """A plan that really costs `target` within the tolerance, by correcting the aim for what the estimate missed."""
+    aim, nearest = target, math.inf
+    for _ in range(5):
+        kept = plan.solve(aim)
+        real = counted(kept)
+        nearest = min(nearest, real, key=lambda value: abs(value - target))
+        if abs(real - target) <= TOLERANCE * target:
+            return kept
+        aim = min(max(aim + target - real, target / 2), 1.0)
+    remedy = "lower min_keep or round_to" if nearest > target else "lower round_to"
+    raise InputError(
+        f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}, or {remedy}"
+    )
+
+
+def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> float:
+    """The fraction that a pruned copy of the model really has."""
+    pruned = copy.deepcopy(model)
+    modules = dict(pruned.named_modules())
+    ratios = {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
+    prune_by_ratio(pruned, example_inputs, ratios)
+    return amount(pruned, example_inputs, measure) / amount(model, example_inputs, measure)
+
+
+def _ratio(kept: int, units: int) -> float:
+    """The ratio at which Torch-Pruning, which truncates `units · (1 − ratio)`, keeps exactly `kept` units."""
+    return 0.0 if kept == units else 1 - (kept + 0.01) / units

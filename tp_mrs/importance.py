@@ -1,0 +1,153 @@
+"""MRS as a Torch-Pruning importance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .attacks import AttackLike, bind
+from .errors import InputError, check_choice, check_number
+from .pruning import layers_of, prunable_groups, refresh
+from .sensitivity import Estimator, Measurement, Sensitivity, check_settings, measure, measured_weights
+
+BaseName = Literal["taylor", "magnitude"]
+BASES: dict[str, Callable[[], Any]] = {
+    "taylor": tp.importance.TaylorImportance,
+    "magnitude": tp.importance.MagnitudeImportance,
+}
+
+
+class MRSImportance(tp.importance.Importance):
+    """Scores of a base importance, weighted by the Module Robustness Sensitivity of the coupled group.
+
+    For channel c of group g the score is `(MRS_g / M)^α · base_g(c)`, with M the geometric mean of all layers'
+    sensitivities. With `global_pruning=True`, insensitive groups are pruned more and sensitive ones less. The model
+    is measured when the importance is first called, and again once its shapes have changed.
+
+    Args:
+        model: the model that the pruner prunes.
+        data: re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,), from the training split.
+        attack: a torchattacks attack on `model`, or a factory `model -> attack`.
+        base: which channels go within a group: `"taylor"`, on the adversarial loss; `"magnitude"`; or any Torch-Pruning
+            importance. While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that
+            gradient-based ones work as they are; afterwards `.grad` is what it was.
+        alpha: how much the sensitivity counts. 0 gives the base's scores exactly.
+        epsilon, estimator, steps, max_batches, seed, progress: as for `measure_sensitivity`.
+
+    Raises:
+        InputError: an argument is unusable; when called, if a group belongs to another model.
+
+    Example:
+        Needs a model, data and a pruner around it; see the README for one that runs.
+
+    Source: Bai et al., arXiv 2410.15176 (a reconstruction); the weighting is ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        attack: AttackLike,
+        *,
+        base: BaseName | Callable[[Any], Tensor | None] = "taylor",
+        alpha: float = 1.0,
+        epsilon: float = 0.1,
+        estimator: Estimator = "first_order",
+        steps: int = 3,
+        max_batches: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        check_number("alpha", alpha, low=0)
+        check_settings(epsilon=epsilon, estimator=estimator, steps=steps, max_batches=max_batches)
+        if not callable(base):
+            check_choice("base", base, BASES)
+        if isinstance(data, Iterator):
+            raise InputError(
+                "data: expected something that can be read again, such as a DataLoader or a list of batches"
+            )
+        measured_weights(model)
+        bind(attack, model)
+        self.model, self.data, self.attack = model, data, attack
+        self.base = base if callable(base) else BASES[base]()
+        self.alpha = alpha
+        self._settings: dict[str, Any] = {
+            "epsilon": epsilon,
+            "estimator": estimator,
+            "steps": steps,
+            "max_batches": max_batches,
+            "seed": seed,
+            "progress": progress,
+        }
+        self._measured: tuple[tuple[torch.Size, ...], Measurement] | None = None
+
+    def measurement(self) -> Measurement:
+        """Scores and gradients of the model as it is now; measured anew if its shapes have changed."""
+        shapes = tuple(parameter.shape for parameter in self.model.parameters())
+        if self._measured is None or self._measured[0] != shapes:
+            refresh(self.model)  # a pruned attention layer cannot run before
+            self._measured = shapes, measure(self.model, self.data, self.attack, **self._settings)
+        return self._measured[1]
+
+    def sensitivity(self, example_inputs: Tensor) -> Sensitivity:
+        """The same measurement as a `Sensitivity`, with the model's coupled groups."""
+        return self.measurement().sensitivity(prunable_groups(self.model, example_inputs))
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
+        measurement = self.measurement()
+        with _lent_gradients(self.model, measurement.gradients):
+            scores = self.base(_sorted_copy(group))
+        if scores is None or self.alpha == 0:
+            return scores
+        return scores * self._weight(group, measurement)
+
+    def _weight(self, group: Any, measurement: Measurement) -> float:
+        """`(MRS_g / M)^α`; a layer that never matters counts a billionth of the mean, to stay positive."""
+        names = {module: name for name, module in self.model.named_modules()}
+        layers = layers_of(group)
+        if any(layer not in names for layer in layers):
+            raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
+        mean = geometric_mean(measurement.modules.values())
+        score = sum(measurement.modules.get(names[layer], 0.0) for layer in layers)
+        return max(score / mean, 1e-9) ** self.alpha
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of the positive ones among `values`; 1 if there are none."""
+    logarithms = [math.log(value) for value in values if value > 0]
+    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else 1.0
+
+
+@contextmanager
+def _lent_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> Iterator[None]:
+    """Each parameter's `.grad` is the one from `gradients` inside, and what it was outside."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name, torch.zeros_like(parameter))
+    try:
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
+
+
+def _sorted_copy(group: Any) -> Any:
+    """A copy whose indices ascend, with the root's indices in the same order.
+
+    Torch-Pruning's Taylor importance sorts a group's indices in place, which changes the caller's group and loses
+    track of which channel is which where they did not ascend.
+    """
+    copy = tp.Group()
+    copy._DG = group._DG
+    for item in group:
+        order = sorted(range(len(item.idxs)), key=item.idxs.__getitem__)
+        copy.add_dep(item.dep, [item.idxs[i] for i in order])
+        copy[-1].root_idxs = [item.root_idxs[i] for i in order]
+    return copy

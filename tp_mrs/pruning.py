@@ -1,0 +1,187 @@
+"""Torch-Pruning, as far as we call it: its arguments for a model, coupled groups, counting and pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .borrowing import borrowed
+from .errors import InputError, check_example_inputs
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""The layers that carry a sensitivity, and whose channels are pruned."""
+
+
+def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Arguments that any Torch-Pruning pruner needs for a timm model: pass them as `**pruner_kwargs(model)`.
+
+    The classifier is ignored, so that the outputs stay; the attention layers' numbers of heads are given. All
+    dictionaries are new with each call, because Torch-Pruning's own defaults are shared between pruners and mutated.
+
+    Args:
+        model: a timm model, or any model whose classifier is its last linear or convolutional layer.
+
+    Raises:
+        InputError: the model has no layer that could be pruned.
+    """
+    return {
+        "ignored_layers": _classifier(model),
+        "num_heads": {module.qkv: module.num_heads for module in _attention(model)},
+        "in_channel_groups": {},
+        "out_channel_groups": {},
+    }
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Bring the sizes that timm's attention layers keep as numbers in line with their pruned weights.
+
+    Call it after each `pruner.step()`. Sets `head_dim` and `attn_dim`; `scale` stays, as it belongs to the function
+    the network has learned. Other models are left as they are. Returns the model.
+    """
+    for module in _attention(model):
+        width = module.qkv.out_features // 3
+        module.head_dim = width // module.num_heads
+        if hasattr(module, "attn_dim"):
+            module.attn_dim = width
+    return model
+
+
+def _classifier(model: nn.Module) -> list[nn.Module]:
+    getter: Any = getattr(model, "get_classifier", None)
+    found = getter() if callable(getter) else None
+    if isinstance(found, nn.Module):
+        return [found]
+    if isinstance(found, (tuple, list)):
+        return [module for module in found if isinstance(module, nn.Module)]
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    if not layers:
+        raise InputError("model: it has no convolutional or linear layer, so there is nothing to prune")
+    return [layers[-1]]
+
+
+def _attention(model: nn.Module) -> Iterator[Any]:
+    """Timm's attention blocks with one projection to queries, keys and values."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+            yield module
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of a layer that changes with a group: `per_unit` channels for each unit removed from the group."""
+
+    name: str
+    side: Literal["out", "in", "both"]
+    per_unit: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers coupled by the dependency graph, named after its root; `units` can be removed, one by one.
+
+    A unit is a channel; with attention heads or grouped convolutions, one channel of each head or group, of which
+    there are `repeats`.
+    """
+
+    name: str
+    units: int
+    repeats: int
+    members: tuple[Member, ...]
+    layers: tuple[str, ...]
+
+
+def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = None, **kwargs: Any) -> Any:
+    """A `tp.pruner.BasePruner` with `pruner_kwargs(model)`; training flags, gradients and random state are kept.
+
+    Raises:
+        InputError: the example inputs don't fit, or the model can't be traced.
+    """
+    check_example_inputs(model, example_inputs)
+    importance = importance if importance is not None else tp.importance.MagnitudeImportance()
+    arguments = {**pruner_kwargs(model), **kwargs}
+    with borrowed(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)  # Torch-Pruning traces by autograd and overlooks frozen layers
+        try:
+            with torch.no_grad():
+                model(example_inputs)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"example_inputs: the model cannot run on {tuple(example_inputs.shape)}: {error}"
+            ) from error
+        return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
+
+
+def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
+    """The coupled groups from which a pruner with `pruner_kwargs(model)` removes channels.
+
+    Raises:
+        InputError: there are none.
+    """
+    pruner = build_pruner(model, example_inputs)
+    names = {module: name for name, module in model.named_modules()}
+    found = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
+    groups = [group for raw in found if (group := _describe_group(pruner, raw, names)) is not None]
+    if not groups:
+        raise InputError("model: it has no prunable layers; besides its classifier it needs a conv or linear layer")
+    return groups
+
+
+def _describe_group(pruner: Any, raw: Any, names: Mapping[nn.Module, str]) -> Group | None:
+    """Torch-Pruning's group in our terms; None for one that its pruners pass over."""
+    repeats, length, attention = 1, len(raw[0].idxs), False
+    downstream: int | None = None
+    for dependency, indices in raw:
+        module, is_out = dependency.target.module, pruner.DG.is_out_channel_pruning_fn(dependency.handler)
+        repeats = max(repeats, (pruner.out_channel_groups if is_out else pruner.in_channel_groups).get(module, 1))
+        attention = attention or (is_out and module in pruner.num_heads)
+        if not is_out and isinstance(module, tuple(pruner.root_module_types)):
+            downstream = len(indices)
+    if attention:  # pruners count these groups by the layer that follows the attention
+        if downstream is None:
+            return None
+        length = downstream
+    units = length // repeats
+    members = tuple(
+        Member(names[dependency.target.module], _side(pruner, dependency.handler), len(indices) // units)
+        for dependency, indices in raw
+        if dependency.target.module in names
+    )
+    layers = tuple(names[module] for module in layers_of(raw) if module in names)
+    return Group(names[raw[0].dep.target.module], units, repeats, members, layers)
+
+
+def _side(pruner: Any, handler: Callable[..., Any]) -> Literal["out", "in", "both"]:
+    is_out, is_in = pruner.DG.is_out_channel_pruning_fn(handler), pruner.DG.is_in_channel_pruning_fn(handler)
+    return "both" if is_out and is_in else "out" if is_out else "in"
+
+
+def layers_of(group: Any) -> list[nn.Module]:
+    """The convolutional and linear layers of a Torch-Pruning group, input and output side, each once."""
+    modules = (dependency.target.module for dependency, _ in group)
+    return list(dict.fromkeys(module for module in modules if isinstance(module, LAYERS)))
+
+
+def prune_by_ratio(
+    model: nn.Module,
+    example_inputs: Tensor,
+    ratios: Mapping[nn.Module, float],
+    importance: Any = None,
+) -> None:
+    """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole."""
+    pruner = build_pruner(model, example_inputs, importance, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
+    pruner.step()
+    refresh(model)
+
+
+def count(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
+    """MACs for one image, and parameters, as Torch-Pruning counts them."""
+    with borrowed(model):
+        macs, params = tp.utils.count_ops_and_params(model, example_inputs[:1])
+    return int(macs), int(params)
