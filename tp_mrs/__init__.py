@@ -1,0 +1,35 @@
+"""Module Robustness Sensitivity for Torch-Pruning: smaller networks that still withstand adversarial attacks."""
+
+from ._version import __version__
+from .allocation import allocate
+from .errors import DivergenceError, InputError
+from .evaluation import Evaluation, evaluate
+from .finetuning import Finetuning, finetune
+from .importance import MRSImportance
+from .models import create_model, normalize
+from .pipeline import Report, mrpf
+from .pruning import pruner_kwargs, refresh
+from .sensitivity import Sensitivity, measure_sensitivity
+from .storage import load, save
+
+__all__ = [
+    "DivergenceError",
+    "Evaluation",
+    "Finetuning",
+    "InputError",
+    "MRSImportance",
+    "Report",
+    "Sensitivity",
+    "__version__",
+    "allocate",
+    "create_model",
+    "evaluate",
+    "finetune",
+    "load",
+    "measure_sensitivity",
+    "mrpf",
+    "normalize",
+    "pruner_kwargs",
+    "refresh",
+    "save",
+]

@@ -1,0 +1,84 @@
+"""A dense, adversarially trained model to start from, trained once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .borrowing import preserved_rng
+from .data import ImageData, make_loader
+from .files import check_output_folder
+from .finetuning import finetune
+from .models import create_model, normalize
+from .storage import load, save
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$TP_MRS_CACHE`, or `~/.cache/tp_mrs`."""
+    return Path(os.environ.get("TP_MRS_CACHE", Path.home() / ".cache" / "tp_mrs"))
+
+
+def dense_model(
+    data: ImageData,
+    architecture: str,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache: Path | None = None,
+    progress: bool = True,
+    **training: Any,
+) -> nn.Module:
+    """A timm model for `data` that normalises its images itself, trained by `finetune` or read from the cache.
+
+    Args:
+        data: what to train on.
+        architecture: a timm name.
+        arguments: of `create_model`, such as `{"channels": (16, 32, 64, 128)}`.
+        batch_size: of training.
+        seed: of the initial weights, the order of images, and the attacks.
+        device: where to train; part of what the cache tells apart.
+        cache: folder to keep it in; `cache_folder()` if None.
+        progress: show a bar on a terminal.
+        **training: arguments of `finetune`: objective, eps, epochs, lr, …
+
+    Raises:
+        InputError: as `create_model` and `finetune`; or the cache cannot be written.
+    """
+    recipe = {
+        "data": data.name,
+        "train_images": len(data.train),  # type: ignore[arg-type]
+        "architecture": architecture,
+        "arguments": dict(arguments or {}),
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": torch.device(device).type,
+        **training,
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    path = check_output_folder(cache or cache_folder()) / f"{architecture}-{data.name}-{key}.safetensors"
+    if path.exists():
+        logger.info("dense model read from %s", path)
+        return load(path, device=device)
+    channels, size, _ = data.shape
+    model = nn.Module()
+    with preserved_rng(model, seed):
+        model = create_model(
+            architecture, num_classes=data.num_classes, in_chans=channels, image_size=size, **(arguments or {})
+        )
+    normalize(model, data.mean, data.std).to(device)
+    loader = make_loader(data.train, batch_size=batch_size, shuffle=True, seed=seed)
+    finetune(model, loader, seed=seed, progress=progress, **training)
+    save(model, path)
+    return model.eval()

@@ -1,0 +1,306 @@
+"""Adversarial fine-tuning with any objective, on accelerate."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
+from .borrowing import preserved_flags, preserved_rng
+from .errors import (
+    DivergenceError,
+    InputError,
+    check_batch,
+    check_choice,
+    check_count,
+    check_number,
+    device_of,
+)
+from .objectives import Objective, Recipe, resolve
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the data, or the last part of one, came to."""
+
+    epoch: int
+    images: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """The record of a fine-tuning run: settings and, per epoch, the mean training loss."""
+
+    settings: dict[str, Any]
+    history: tuple[Epoch, ...]
+
+    @property
+    def images(self) -> int:
+        """Training images seen, each as often as it came."""
+        return sum(epoch.images for epoch in self.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def finetune(
+    model: nn.Module,
+    train_data: Iterable[Any],
+    *,
+    objective: str | Objective = "pgd",
+    attack: AttackLike | None = None,
+    eps: float = 8 / 255,
+    epochs: float = 1,
+    lr: float = 0.05,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    schedule: Literal["cosine", "constant"] = "cosine",
+    warmup: float = 0.1,
+    clip_norm: float | None = 1.0,
+    precision: Precision = "fp32",
+    channels_last: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Finetuning:
+    """Train `model` in place against attacks.
+
+    Weights and buffers change; training flags, `requires_grad`, `.grad` and random state are as before afterwards.
+    Parameters with `requires_grad=False` stay as they are, and a BatchNorm with only such parameters keeps its
+    running statistics.
+
+    Args:
+        model: on the device to train on.
+        train_data: sized and re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). A `DataLoader`, or
+            a list of batches.
+        objective: `"standard"`, `"fgsm"`, `"pgd"`, `"trades"`, or a function `(model, images, labels, attack) -> loss`.
+        attack: replaces the objective's own attack; a torchattacks attack on `model`, or a factory.
+        eps: perturbation size of the objective's own attack, in units of the image range.
+        epochs: passes over `train_data`; fractions count in batches.
+        lr: peak learning rate.
+        optimizer: a name from `timm.optim.list_optimizers()`.
+        momentum: of optimisers that have one.
+        weight_decay: not applied to biases and norms (timm's rule).
+        schedule: `"cosine"` to 0, or `"constant"`; stepped every batch.
+        warmup: fraction of the run over which the learning rate rises linearly.
+        clip_norm: largest L2 norm of the gradient; None for no limit.
+        precision: `"bf16"` runs attack and update under autocast.
+        channels_last: train in that memory layout; often faster for convolutions.
+        seed: of attacks' random starts and dropout.
+        progress: show a bar on a terminal.
+
+    Raises:
+        InputError: an argument or a batch is unusable; nothing was changed if it is an argument.
+        DivergenceError: the loss stopped being finite.
+    """
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "lr": lr,
+        "optimizer": optimizer,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "clip_norm": clip_norm,
+        "precision": precision,
+        "channels_last": channels_last,
+        "seed": seed,
+    }
+    batches = _check_settings(train_data, **settings)
+    device, recipe, factory = device_of(model), *_resolve(objective, attack, eps)
+    perturb = bind(factory, model)
+    steps = max(1, round(epochs * batches))
+    settings |= {
+        "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
+        "attack": describe(factory, model),
+        "steps": steps,
+        "device": str(device),
+    }
+    history: list[Epoch] = []
+    with preserved_flags(model), preserved_rng(model, seed), torch.enable_grad(), _layout(model, channels_last):
+        _training_mode(model)
+        optimiser = create_optimizer_v2(model, opt=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, bf16=precision == "bf16")
+        scheduler = _scheduler(optimiser, schedule, lr=lr, steps=steps, warmup=warmup)
+        with tqdm(
+            total=steps, desc="fine-tuning", unit="batch", disable=None if progress else True, leave=False
+        ) as bar:
+            for step, (images, labels) in enumerate(_repeat(update.shard(train_data), steps)):
+                epoch = step // batches + 1
+                scheduler.step_update(step)
+                loss = update(images.to(device), labels.to(device))
+                if not math.isfinite(loss):
+                    raise DivergenceError(
+                        f"the loss became {loss} in batch {step + 1} of {steps} (epoch {epoch}); "
+                        f"lower lr (now {lr:g}) or set clip_norm"
+                    )
+                _record(history, Epoch(epoch, len(images), loss, optimiser.param_groups[0]["lr"]))
+                bar.set_postfix(epoch=epoch, loss=f"{history[-1].loss:.3f}", refresh=False)
+                bar.update()
+    return Finetuning(settings, tuple(history))
+
+
+def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any) -> None:
+    """Raise the `InputError` that `finetune(model, train_data, **training)` would raise before it trains."""
+    try:
+        call = inspect.signature(finetune).bind(model, train_data, **training)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(finetune).parameters)
+        raise InputError(f"training arguments: {error}; finetune takes {known}") from error
+    call.apply_defaults()
+    given = call.arguments
+    _check_settings(**given)
+    _, factory = _resolve(given["objective"], given["attack"], given["eps"])
+    bind(factory, model)
+
+
+class _Update:
+    """One optimiser step on one batch, through accelerate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        perturb: Perturb,
+        *,
+        clip_norm: float | None,
+        bf16: bool,
+    ) -> None:
+        self.accelerator = Accelerator(device_placement=False)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.objective, self.perturb = objective, perturb
+        self.clip_norm, self.bf16 = clip_norm, bf16
+
+    def shard(self, data: Iterable[Any]) -> Iterable[Any]:
+        """This process's part of the data."""
+        if self.accelerator.num_processes == 1 or not isinstance(data, DataLoader):
+            return data
+        return self.accelerator.prepare_data_loader(data)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> float:
+        check_batch(images, labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.objective(self.model, images, labels, self.perturb)
+        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+            raise InputError(
+                "objective: expected it to return a scalar tensor with a gradient, the mean loss of the batch; "
+                f"got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
+            )
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+def _check_settings(
+    train_data: Iterable[Any],
+    *,
+    epochs: float,
+    lr: float,
+    optimizer: str,
+    schedule: str,
+    warmup: float,
+    clip_norm: float | None,
+    precision: str,
+    **_: object,
+) -> int:
+    """The number of batches in an epoch, if all settings are usable."""
+    if not isinstance(train_data, Sized) or isinstance(train_data, Iterator):
+        raise InputError("train_data: expected a DataLoader or a list of (images, labels) batches, which has a len()")
+    check_count("len(train_data)", len(train_data))
+    check_number("epochs", epochs, low=0, open_low=True)
+    check_number("lr", lr, low=0, high=10, open_low=True)
+    check_number("warmup", warmup, low=0, high=1)
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm, low=0, open_low=True)
+    check_choice("schedule", schedule, ("cosine", "constant"))
+    check_choice("precision", precision, ("fp32", "bf16"))
+    check_choice("optimizer", optimizer, list_optimizers())
+    return len(train_data)
+
+
+def _resolve(objective: str | Objective, attack: AttackLike | None, eps: float | str) -> tuple[Recipe, AttackLike]:
+    """The objective, and the attack to use: the one given, or else the objective's own at `eps`."""
+    recipe = resolve(objective)
+    return recipe, attack if attack is not None else named_attack(recipe.attack, eps=parse_eps(eps))
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps: int, warmup: float) -> Any:
+    """Timm's schedule, counted in batches."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine" if name == "cosine" else "multistep",
+        decay_milestones=(),
+        num_epochs=steps,
+        warmup_epochs=round(warmup * steps),
+        warmup_lr=lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return scheduler
+
+
+@contextmanager
+def _layout(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """Weights in channels_last inside, if asked for, and contiguous again outside."""
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if channels_last:
+            model.to(memory_format=torch.contiguous_format)
+
+
+def _training_mode(model: nn.Module) -> None:
+    """Training mode, but for norm layers whose parameters are all frozen."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def _repeat(data: Iterable[Any], steps: int) -> Iterator[Any]:
+    """The first `steps` batches of endless passes over `data`."""
+    done = 0
+    while done < steps:
+        before = done
+        for batch in data:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+        if done == before:
+            raise InputError("train_data: it yielded no batch")
+
+
+def _record(history: list[Epoch], batch: Epoch) -> None:
+    """Add a batch to the running mean of its epoch."""
+    if not history or history[-1].epoch != batch.epoch:
+        history.append(batch)
+        return
+    last = history[-1]
+    images = last.images + batch.images
+    loss = (last.loss * last.images + batch.loss * batch.images) / images
+    history[-1] = Epoch(batch.epoch, images, loss, batch.learning_rate)

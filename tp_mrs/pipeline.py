@@ -1,0 +1,202 @@
+"""MRPF: measure, allocate, prune, fine-tune, in one or more rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ._version import versions
+from .allocation import allocate, amount, single_budget
+from .attacks import AttackLike, describe
+from .errors import check_count, check_example_inputs, check_number
+from .evaluation import Evaluation, evaluate
+from .files import write_json
+from .finetuning import Finetuning, check_training, finetune
+from .importance import BaseName, MRSImportance
+from .pruning import prune_by_ratio
+from .sensitivity import Estimator, Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+FORMAT = "tp_mrs.report/1"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of measuring, pruning and fine-tuning.
+
+    Attributes:
+        target: the budget after this round, as a fraction of the dense model.
+        reached: what the pruned model really has, likewise.
+        sensitivity: of the model before pruning.
+        ratios: root layer of each group → fraction of its channels that went.
+        pruned: evaluation before fine-tuning; None without test data.
+        finetuning: the training record; None with `epochs=0`.
+    """
+
+    target: float
+    reached: float
+    sensitivity: Sensitivity
+    ratios: Mapping[str, float]
+    pruned: Evaluation | None
+    finetuning: Finetuning | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `mrpf` did: the model before and after (None without test data), each round, settings and versions."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    rounds: tuple[Round, ...]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __str__(self) -> str:
+        last = self.rounds[-1]
+        rows = {"dense": self.before, "pruned": last.pruned, "fine-tuned": self.after}
+        lines = [f"{name:<11} {evaluation}" for name, evaluation in rows.items() if evaluation is not None]
+        return "\n".join([*lines, f"{self.settings['budget']}: {last.reached:.1%} of the dense model's"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON. Raises `InputError` if the file cannot be written."""
+        return write_json(path, self.to_dict())
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the first round: sensitivity of each group and the pruning ratio it got."""
+        first = self.rounds[0]
+        return first.sensitivity.plot(first.ratios)
+
+
+def mrpf(
+    model: nn.Module,
+    example_inputs: Tensor,
+    train_data: Iterable[Any],
+    attack: AttackLike,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    channels: float | None = None,
+    rounds: int = 1,
+    alpha: float = 1.0,
+    min_keep: float = 0.1,
+    round_to: int | None = None,
+    base: BaseName | Callable[[Any], Tensor | None] = "taylor",
+    epsilon: float = 0.1,
+    estimator: Estimator = "first_order",
+    steps: int = 3,
+    calibration_data: Iterable[Any] | None = None,
+    max_batches: int | None = None,
+    test_data: Iterable[Any] | None = None,
+    attacks: Sequence[str | AttackLike] = ("fgsm", "pgd-20"),
+    epochs: float = 1,
+    eps: float = 8 / 255,
+    seed: int = 0,
+    progress: bool = True,
+    **training: Any,
+) -> Report:
+    """Module Robust Pruning and Fine-tuning: make `model` smaller, in place, keeping its robustness.
+
+    Each round measures the sensitivity of the coupled groups, sets their pruning ratios by it (`allocate`), prunes with
+    Torch-Pruning, and fine-tunes adversarially. The budget falls geometrically over the rounds.
+
+    Source: Bai et al., arXiv 2410.15176 (a reconstruction).
+
+    Args:
+        model: changed in place.
+        example_inputs: (N, C, H, W), on the model's device.
+        train_data: as for `finetune`.
+        attack: for measuring; a torchattacks attack on `model`, or a factory `model -> attack`.
+        macs, params, channels: the budget, as a fraction of the dense model's; give exactly one.
+        rounds: how many times to measure, prune and fine-tune.
+        alpha, min_keep, round_to: as for `allocate`.
+        base, epsilon, estimator, steps: as for `MRSImportance`.
+        calibration_data: images to measure on, from the training split; `train_data` if None.
+        max_batches: of the calibration data, per round.
+        test_data: for evaluating before, after pruning and after fine-tuning; None to skip that.
+        attacks: for evaluating.
+        epochs: of fine-tuning, each round; 0 for none.
+        eps: perturbation size of the objective's attack and of the named `attacks`.
+        seed: of measuring, fine-tuning and evaluating.
+        progress: show bars on a terminal.
+        **training: further arguments of `finetune`, such as `objective="trades"` or `lr=0.02`.
+
+    Raises:
+        InputError: an argument or a batch is unusable, or the budget can't be met.
+        DivergenceError: a loss is not finite.
+    """
+    budget, target = single_budget(macs=macs, params=params, channels=channels)
+    check_count("rounds", rounds)
+    check_number("epochs", epochs, low=0)
+    check_example_inputs(model, example_inputs)
+    check_training(model, train_data, epochs=epochs or 1, eps=eps, **training)
+    importance = MRSImportance(
+        model,
+        calibration_data if calibration_data is not None else train_data,
+        attack,
+        base=base,
+        alpha=0.0,  # ratios are per group here, and the base alone decides within a group
+        epsilon=epsilon,
+        estimator=estimator,
+        steps=steps,
+        max_batches=max_batches,
+        seed=seed,
+        progress=progress,
+    )
+
+    def assess() -> Evaluation | None:
+        return None if test_data is None else evaluate(model, test_data, attacks, eps=eps, seed=seed, progress=progress)
+
+    before = assess()
+    dense = amount(model, example_inputs, budget)
+    done: list[Round] = []
+    for index in range(rounds):
+        goal = target ** ((index + 1) / rounds)
+        fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
+        sensitivity = importance.sensitivity(example_inputs)
+        ratios = allocate(
+            model,
+            example_inputs,
+            sensitivity,
+            alpha=alpha,
+            min_keep=min_keep,
+            round_to=round_to,
+            **{budget: fraction},
+        )
+        names = {module: name for name, module in model.named_modules()}
+        prune_by_ratio(model, example_inputs, ratios, importance)
+        reached = amount(model, example_inputs, budget) / dense
+        logger.info("round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * reached)
+        pruned = assess()
+        record = None
+        if epochs > 0:
+            record = finetune(
+                model, train_data, epochs=epochs, eps=eps, seed=seed + index, progress=progress, **training
+            )
+        named = {names[module]: ratio for module, ratio in ratios.items()}
+        done.append(Round(goal, reached, sensitivity, named, pruned, record))
+    after = assess() if epochs > 0 else done[-1].pruned
+    settings = {
+        "budget": budget,
+        "target": target,
+        "rounds": rounds,
+        "alpha": alpha,
+        "min_keep": min_keep,
+        "round_to": round_to,
+        "base": base if isinstance(base, str) else type(base).__name__,
+        "attack": describe(attack, model),
+        "epochs": epochs,
+        "eps": eps,
+        "seed": seed,
+    }
+    return Report(before, after, tuple(done), settings)
