@@ -13,7 +13,7 @@ import torchattacks
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from .borrowing import frozen_for_attack
+from .borrowing import lent
 from .errors import DivergenceError, InputError, device_of
 
 AttackFactory: TypeAlias = Callable[[nn.Module], Any]
@@ -41,7 +41,7 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
     built = _build(attack, model)
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
-        with frozen_for_attack(model), torch.enable_grad():
+        with lent(model), torch.enable_grad():
             adversarial = built(images, labels).detach()
         if not bool(torch.isfinite(adversarial).all()):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity")

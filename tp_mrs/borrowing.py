@@ -72,8 +72,8 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_for_attack(model: nn.Module) -> Iterator[None]:
-    """Keep training flags and parameters' gradients untouched while an attack runs.
+def lent(model: nn.Module) -> Iterator[None]:
+    """Keep training flags and parameters' gradients untouched while an attack runs; cheap enough for every batch.
 
     torchattacks restores training mode with one top-level `.train()`, which thaws frozen layers, and not at all after
     an exception; CW calls `.backward()`, which would add to every parameter's `.grad`.

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
-from .borrowing import preserved_flags, preserved_rng
+from .batches import num_outputs
+from .borrowing import lent, preserved_flags, preserved_rng
 from .errors import (
     DivergenceError,
     InputError,
@@ -187,6 +188,7 @@ class _Update:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.objective, self.perturb = objective, perturb
         self.clip_norm, self.bf16 = clip_norm, bf16
+        self.num_classes: int | None = None
 
     def shard(self, data: Iterable[Any]) -> Iterable[Any]:
         """This process's part of the data."""
@@ -196,6 +198,9 @@ class _Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> float:
         check_batch(images, labels)
+        if self.num_classes is None:
+            self.num_classes = _num_classes(self.accelerator.unwrap_model(self.model), images)
+        check_batch(images, labels, num_classes=self.num_classes)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.objective(self.model, images, labels, self.perturb)
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
@@ -269,6 +274,13 @@ def _layout(model: nn.Module, channels_last: bool) -> Iterator[None]:
     finally:
         if channels_last:
             model.to(memory_format=torch.contiguous_format)
+
+
+def _num_classes(model: nn.Module, images: Tensor) -> int:
+    """The number of outputs, found in eval mode so that BatchNorm's statistics stay."""
+    with lent(model):
+        model.eval()
+        return num_outputs(model, images)
 
 
 def _training_mode(model: nn.Module) -> None:
