@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch_pruning as tp
@@ -175,26 +175,36 @@ class _Plan:
 
 
 def _costs(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], measure: str) -> list[LayerCost]:
-    """The model's cost, layer by layer, in fractions of the whole."""
+    """The model's cost, layer by layer, in fractions of the whole; what no layer accounts for stays whatever goes."""
     if measure == "channels":
         total = sum(group.units for group in groups)
         return [LayerCost(group.units / total, {group.name: 1 / group.units}, {}) for group in groups]
-    with borrowed(model):
-        macs, params, by_layer, _ = tp.utils.count_ops_and_params(model, example_inputs[:1], layer_wise=True)
     outputs, inputs = _shares(model, groups)
-    costs: list[LayerCost] = []
-    for name, module in model.named_modules():
-        if any(True for _ in module.children()):
-            continue
-        out, into = outputs.get(name, {}), inputs.get(name, {})
-        if measure == "macs":
-            costs.append(LayerCost(float(by_layer.get(module) or 0) / macs, out, into))
-            continue
-        sizes = {key: parameter.numel() / params for key, parameter in module.named_parameters(recurse=False)}
-        if isinstance(module, LAYERS):
-            costs.append(LayerCost(sizes.pop("weight"), out, into))
-        costs.append(LayerCost(sum(sizes.values()), out, {}))
+    layers = _macs(model, example_inputs, outputs) if measure == "macs" else _params(model)
+    costs = [LayerCost(full, outputs.get(out, {}), inputs.get(into, {})) for full, out, into in layers]
     return [*costs, LayerCost(1 - sum(cost.full for cost in costs), {}, {})]
+
+
+def _macs(model: nn.Module, example_inputs: Tensor, outputs: Mapping[str, object]) -> Iterator[tuple[float, str, str]]:
+    """Fraction of the multiply-accumulates, and the layers whose outputs and inputs it shrinks with."""
+    with borrowed(model):
+        total, _, by_module, _ = tp.utils.count_ops_and_params(model, example_inputs[:1], layer_wise=True)
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if any(by_module.get(child) is not None for child in children):
+            continue  # counted child by child
+        if children:  # counted as a whole, like attention: it shrinks with its first layer
+            name = next((layer for layer in outputs if layer.startswith(f"{name}.")), "")
+        yield (by_module.get(module) or 0) / total, name, name
+
+
+def _params(model: nn.Module) -> Iterator[tuple[float, str, str]]:
+    """Fraction of the parameters, and the layers whose outputs and inputs it shrinks with."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            is_matrix = isinstance(module, LAYERS) and key == "weight"
+            yield parameter.numel() / total, name, name if is_matrix else ""
 
 
 def _shares(
@@ -231,14 +241,16 @@ def _width(module: nn.Module, side: str) -> int:
 
 def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], float]) -> Kept:
     """A plan that really costs `target` within the tolerance, by correcting the aim for what the estimate missed."""
+    low, high = (0.0, 0.0), (1.0, 1.0)  # (aimed at, really there) on either side of the target
     aim, nearest = target, math.inf
-    for _ in range(5):
+    for _ in range(12):
         kept = plan.solve(aim)
         real = counted(kept)
         nearest = min(nearest, real, key=lambda value: abs(value - target))
         if abs(real - target) <= TOLERANCE * target:
             return kept
-        aim = min(max(aim + target - real, target / 2), 1.0)
+        low, high = ((aim, real), high) if real < target else (low, (aim, real))
+        aim = low[0] + (high[0] - low[0]) * (target - low[1]) / (high[1] - low[1])
     remedy = "lower min_keep or round_to" if nearest > target else "lower round_to"
     raise InputError(
         f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}, or {remedy}"

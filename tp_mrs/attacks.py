@@ -20,9 +20,7 @@ AttackFactory: TypeAlias = Callable[[nn.Module], Any]
 AttackLike: TypeAlias = "Attack | AttackFactory"
 Perturb: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-# Step size as a fraction of eps, from the papers' own settings: 2/255 of 8/255, and 1.25 eps for fast AT.
-_STEP = {"FFGSM": 1.25}
-_DEFAULT_STEP = 0.25
+_NEEDS_MORE = ("MultiAttack", "LGV")  # cannot be made from a model and a size alone
 
 
 def bind(attack: AttackLike, model: nn.Module) -> Perturb:
@@ -92,7 +90,7 @@ def named_attack(name: str, *, eps: float, num_classes: int = 10) -> AttackFacto
     """
     known = {key.lower(): key for key in torchattacks.__all__} | {"none": "VANILA"}
     base, _, suffix = name.lower().partition("-")
-    if base not in known or known[base] == "MultiAttack":
+    if base not in known or known[base] in _NEEDS_MORE:
         guess = difflib.get_close_matches(base, known, n=1)
         hint = f"did you mean {guess[0]!r}?" if guess else "try 'pgd-20', 'fgsm', 'cw', 'square' or 'autoattack'"
         raise InputError(f"attack: no torchattacks attack is called {name!r}; {hint}")
@@ -100,9 +98,10 @@ def named_attack(name: str, *, eps: float, num_classes: int = 10) -> AttackFacto
     accepted = inspect.signature(cls).parameters
     if suffix and not (suffix.isdigit() and int(suffix) > 0 and "steps" in accepted):
         raise InputError(f"attack: {name!r} has a step count that {known[base]} does not take; try 'pgd-20'")
+    steps = int(suffix) if suffix else accepted["steps"].default if "steps" in accepted else 1
     offered: dict[str, Any] = {
         "eps": eps,
-        "alpha": eps * _STEP.get(known[base], _DEFAULT_STEP),
+        "alpha": eps * _relative_step(steps),
         "n_classes": num_classes,
         "seed": 0,
     }
@@ -116,6 +115,11 @@ def named_attack(name: str, *, eps: float, num_classes: int = 10) -> AttackFacto
     return factory
 
 
+def _relative_step(steps: int) -> float:
+    """Step size as a fraction of eps: 1/4 from 10 steps on, 2.5/steps below, and 1.25 for one, as in fast AT."""
+    return min(max(0.25, 2.5 / steps), 1.25)
+
+
 def parse_eps(text: str | float) -> float:
     """Read a perturbation size such as `"8/255"`, `"0.03"` or `0.03`.
 
@@ -127,7 +131,7 @@ def parse_eps(text: str | float) -> float:
     """
     try:
         value = float(Fraction(text)) if isinstance(text, str) else float(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise InputError(f"eps: expected a number or a fraction such as 8/255, got {text!r}") from None
     if not 0 <= value <= 1:
         hint = f"; did you mean {text}/255?" if 1 < value < 256 else ""

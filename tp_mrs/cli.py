@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,35 @@ from .pipeline import Report, mrpf
 from .sensitivity import measure_sensitivity
 from .storage import fit_shapes, load, read, save
 
-DEFAULT_MODEL = "resnet18"
-DEFAULT_ARGUMENTS = {"channels": [16, 32, 64, 128]}
-DEFAULT_EPS = {"digits": "0.1"}
-DENSE_EPOCHS = {"digits": 12.0}
+
+@dataclass(frozen=True)
+class Preset:
+    """What the options stand for when they are not given."""
+
+    model: str = "resnet18"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    dense_epochs: float | None = None
+    eps: str = "8/255"
+    train_attack: str | None = None
+    epochs: float = 10.0
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    batch_size: int = 128
+
+
+PRESETS = {
+    "digits": Preset(
+        model="resnet10t",
+        model_kwargs={"channels": [16, 32, 64, 128], "stem_width": 8},
+        dense_epochs=12,
+        eps="0.1",
+        train_attack="pgd-3",
+        epochs=6,
+        optimizer="adamw",
+        lr=0.005,
+        batch_size=32,
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tp_mrs").setLevel(logging.ERROR if arguments.quiet else logging.INFO)
     warnings.filterwarnings("ignore", module="torch_pruning")
     try:
+        _fill_in(arguments)
         arguments.run(arguments)
     except InputError as error:
         print(f"tp-mrs: {error}", file=sys.stderr)
@@ -54,6 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tp-mrs: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Give the options that were left out the values of the data set's preset."""
+    check_choice("data", arguments.data, LOADERS)
+    preset = PRESETS.get(arguments.data, Preset())
+    if arguments.model is not None and arguments.model_kwargs is None:
+        arguments.model_kwargs = {}
+    for option in fields(preset):
+        if getattr(arguments, option.name, None) is None:
+            setattr(arguments, option.name, getattr(preset, option.name))
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
@@ -91,10 +129,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         eps=job.eps,
         seed=arguments.seed,
         progress=not arguments.quiet,
-        objective=arguments.objective,
-        lr=arguments.lr,
-        precision=arguments.precision,
-        channels_last=True,
+        train_attack=arguments.train_attack,
+        **job.training(),
     )
     save(model, out / "model.safetensors")
     report.save(out / "report.json")
@@ -102,7 +138,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_dict()))
         return
-    _print_report(report, job)
+    _print_report(report, f"{job.data.name}, eps {arguments.eps}")
     print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
     print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
 
@@ -138,7 +174,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result.to_dict()))
     else:
-        _print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps or DEFAULT_EPS.get(job.data.name)}")
+        _print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
 
 
 class _Job:
@@ -151,8 +187,7 @@ class _Job:
         if arguments.test_images is not None:
             check_count("test-images", arguments.test_images)
         self.device = _device(arguments.device)
-        self.eps_text = arguments.eps or DEFAULT_EPS.get(arguments.data, "8/255")
-        self.eps = parse_eps(self.eps_text)
+        self.eps = parse_eps(arguments.eps)
         self.data: ImageData = load_data(
             arguments.data, arguments.data_dir, download=arguments.download, image_size=arguments.image_size
         )
@@ -187,43 +222,41 @@ class _Job:
     def model(self) -> nn.Module:
         """From the checkpoint; or trained on the data and kept for the next run."""
         arguments = self.arguments
-        architecture, options = self._architecture()
         if arguments.checkpoint:
-            return self._from_checkpoint(architecture, options)
-        epochs = arguments.dense_epochs or DENSE_EPOCHS.get(self.data.name)
-        if epochs is None:
+            return self._from_checkpoint()
+        if arguments.dense_epochs is None:
             raise InputError(
                 f"checkpoint: needed for {self.data.name}; give --checkpoint FILE.safetensors with robust weights, "
                 "or --dense-epochs N to train a dense model first"
             )
         if not arguments.quiet:
-            print(
-                f"Dense {architecture} on {self.data.name}: cached, or trained for {epochs:g} epochs",
-                flush=True,
-            )
+            print(f"Dense {arguments.model} on {self.data.name}", flush=True)
         return dense_model(
             self.data,
-            architecture,
-            arguments=options,
+            arguments.model,
+            arguments=arguments.model_kwargs,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             device=self.device,
             progress=not arguments.quiet,
-            objective=arguments.objective,
             eps=self.eps,
-            epochs=epochs,
-            lr=0.1,
-            precision=arguments.precision,
-            channels_last=True,
+            attack=arguments.train_attack,
+            epochs=arguments.dense_epochs,
+            **self.training(),
         )
 
-    def _architecture(self) -> tuple[str, dict[str, Any]]:
-        options = dict(self.arguments.model_kwargs or {})
-        if self.arguments.model is None:
-            return DEFAULT_MODEL, {**DEFAULT_ARGUMENTS, **options}
-        return self.arguments.model, options
+    def training(self) -> dict[str, Any]:
+        """Arguments of `finetune`, for the dense model and the pruned one alike."""
+        arguments = self.arguments
+        return {
+            "objective": arguments.objective,
+            "optimizer": arguments.optimizer,
+            "lr": arguments.lr,
+            "precision": arguments.precision,
+            "channels_last": True,
+        }
 
-    def _from_checkpoint(self, architecture: str, options: dict[str, Any]) -> nn.Module:
+    def _from_checkpoint(self) -> nn.Module:
         """A file of `tp_mrs.save`, or a plain state dict of the architecture."""
         path = self.arguments.checkpoint
         metadata, tensors = read(path)
@@ -231,7 +264,11 @@ class _Job:
             return load(path, device=self.device)
         channels, size, _ = self.data.shape
         model = create_model(
-            architecture, num_classes=self.data.num_classes, in_chans=channels, image_size=size, **options
+            self.arguments.model,
+            num_classes=self.data.num_classes,
+            in_chans=channels,
+            image_size=size,
+            **self.arguments.model_kwargs,
         )
         fit_shapes(model, tensors, source=path)
         model.load_state_dict(tensors)
@@ -251,10 +288,10 @@ def _device(name: str) -> torch.device:
 # --- what people see ---------------------------------------------------------------------------------------------
 
 
-def _print_report(report: Report, job: _Job) -> None:
+def _print_report(report: Report, what: str) -> None:
     last = report.rounds[-1]
     rows = {"dense": report.before, "pruned": last.pruned, "fine-tuned": report.after}
-    title = f"{job.data.name}, eps {job.eps_text}, {report.settings['budget']} {last.reached:.1%} of the dense model's"
+    title = f"{what}, {report.settings['budget']} {last.reached:.1%} of the dense model's"
     _print_evaluations({name: row for name, row in rows.items() if row is not None}, title)
 
 
@@ -309,7 +346,6 @@ def _command(
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         parents=[common],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=run)
     return command
@@ -318,28 +354,32 @@ def _command(
 def _common_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     what = parser.add_argument_group("model and data")
-    what.add_argument("--model", help=f"timm architecture; without it a narrow {DEFAULT_MODEL}")
+    what.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
     what.add_argument("--model-kwargs", nargs="*", action=_KeyValues, help="its arguments, e.g. channels=32,64,128,256")
     what.add_argument("--checkpoint", help="safetensors file: from tp-mrs, or a state dict of the architecture")
-    what.add_argument("--dense-epochs", type=float, help="without a checkpoint: epochs to train the dense model")
-    what.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)}")
+    what.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
+    what.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
     what.add_argument("--data-dir", help="folder that holds the data set as published")
     what.add_argument("--download", action="store_true", help="let torchvision fetch it into --data-dir")
-    what.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels")
-    what.add_argument("--test-images", type=int, help="evaluate on so many test images (default: all)")
+    what.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
+    what.add_argument("--test-images", type=int, help="evaluate on so many test images (all)")
     how = parser.add_argument_group("attacks and measuring")
-    how.add_argument("--eps", help="perturbation size in [0, 1], e.g. 8/255 (default: 8/255; digits: 0.1)")
-    how.add_argument("--attack", default="pgd-10", help="for measuring sensitivity: any torchattacks name")
-    how.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating, e.g. pgd-20 autoattack")
-    how.add_argument("--objective", default="pgd", help=f"of adversarial training: {', '.join(OBJECTIVES)}")
-    how.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga")
-    how.add_argument("--calibration-images", type=int, default=512, help="training images to measure on")
+    how.add_argument("--eps", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
+    how.add_argument("--attack", default="pgd-10", help="for measuring sensitivity: any torchattacks name (pgd-10)")
+    how.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating (fgsm pgd-20)")
+    how.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga (first_order)")
+    how.add_argument("--calibration-images", type=int, default=512, help="training images to measure on (512)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)} (pgd)")
+    train.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
+    train.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
+    train.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
+    train.add_argument("--batch-size", type=int, help="images a batch (128; digits: 32)")
+    train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training (bf16)")
     run = parser.add_argument_group("running")
-    run.add_argument("--batch-size", type=int, default=64)
-    run.add_argument("--workers", type=int, default=0, help="processes that load images")
-    run.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
+    run.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -347,17 +387,16 @@ def _common_arguments() -> argparse.ArgumentParser:
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning and fine-tuning")
-    group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5 if none is given)")
+    group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5)")
     group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
     group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
-    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning")
-    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts; 0: not at all")
-    group.add_argument("--base", default="taylor", help=f"which channels go in a group: {', '.join(BASES)}")
-    group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps")
+    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
+    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
+    group.add_argument("--base", default="taylor", help=f"picks channels in a group: {', '.join(BASES)} (taylor)")
+    group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
-    group.add_argument("--epochs", type=float, default=6.0, help="of fine-tuning, each round")
-    group.add_argument("--lr", type=float, default=0.05, help="peak learning rate of fine-tuning")
-    group.add_argument("--out", default="tp-mrs-run", help="folder for the results")
+    group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
+    group.add_argument("--out", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
 
 
 class _KeyValues(argparse.Action):

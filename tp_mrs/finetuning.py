@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from .errors import (
     device_of,
 )
 from .objectives import Objective, Recipe, resolve
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -65,7 +68,7 @@ def finetune(
     train_data: Iterable[Any],
     *,
     objective: str | Objective = "pgd",
-    attack: AttackLike | None = None,
+    attack: str | AttackLike | None = None,
     eps: float = 8 / 255,
     epochs: float = 1,
     lr: float = 0.05,
@@ -91,11 +94,12 @@ def finetune(
         train_data: sized and re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). A `DataLoader`, or
             a list of batches.
         objective: `"standard"`, `"fgsm"`, `"pgd"`, `"trades"`, or a function `(model, images, labels, attack) -> loss`.
-        attack: replaces the objective's own attack; a torchattacks attack on `model`, or a factory.
-        eps: perturbation size of the objective's own attack, in units of the image range.
+        attack: replaces the objective's own attack: a name such as `"pgd-3"`, a torchattacks attack on `model`, or a
+            factory.
+        eps: perturbation size of an attack given by name and of the objective's own, in units of the image range.
         epochs: passes over `train_data`; fractions count in batches.
         lr: peak learning rate.
-        optimizer: a name from `timm.optim.list_optimizers()`.
+        optimizer: a name from `timm.optim.list_optimizers()`; `"sgd"` is Nesterov's there.
         momentum: of optimisers that have one.
         weight_decay: not applied to biases and norms (timm's rule).
         schedule: `"cosine"` to 0, or `"constant"`; stepped every batch.
@@ -136,7 +140,7 @@ def finetune(
     history: list[Epoch] = []
     with preserved_flags(model), preserved_rng(model, seed), torch.enable_grad(), _layout(model, channels_last):
         _training_mode(model)
-        optimiser = create_optimizer_v2(model, opt=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        optimiser = _optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
         update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, bf16=precision == "bf16")
         scheduler = _scheduler(optimiser, schedule, lr=lr, steps=steps, warmup=warmup)
         with tqdm(
@@ -243,10 +247,22 @@ def _check_settings(
     return len(train_data)
 
 
-def _resolve(objective: str | Objective, attack: AttackLike | None, eps: float | str) -> tuple[Recipe, AttackLike]:
-    """The objective, and the attack to use: the one given, or else the objective's own at `eps`."""
-    recipe = resolve(objective)
-    return recipe, attack if attack is not None else named_attack(recipe.attack, eps=parse_eps(eps))
+def _resolve(
+    objective: str | Objective, attack: str | AttackLike | None, eps: float | str
+) -> tuple[Recipe, AttackLike]:
+    """The objective, and the attack to use: the one given, or else the objective's own."""
+    recipe, size = resolve(objective), parse_eps(eps)
+    if attack is None or isinstance(attack, str):
+        return recipe, named_attack(attack or recipe.attack, eps=size)
+    return recipe, attack
+
+
+def _optimizer(model: nn.Module, name: str, **arguments: float) -> torch.optim.Optimizer:
+    """Timm's optimiser of that name."""
+    try:
+        return create_optimizer_v2(model, opt=name, **arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer: timm cannot make {name!r} with {arguments}: {error}") from error
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps: int, warmup: float) -> Any:
@@ -266,7 +282,22 @@ def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps:
 
 @contextmanager
 def _layout(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Weights in channels_last inside, if asked for, and contiguous again outside."""
+    """Weights in channels_last inside, if asked for and safe, and contiguous again outside.
+
+    On x86 CPUs oneDNN writes past its workspace in the backward pass of strided 1×1 convolutions in this layout if they
+    have fewer input channels than its block of 16 (uxlfoundation/oneDNN issue 6035). Pruned shortcuts often do.
+    """
+    narrow = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    ]
+    if channels_last and narrow and device_of(model).type == "cpu":
+        logger.warning("channels_last is not safe on a CPU for %s (oneDNN issue 6035); training without it", narrow[0])
+        channels_last = False
     if channels_last:
         model.to(memory_format=torch.channels_last)
     try:

@@ -139,15 +139,16 @@ def _lent_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> Iterator[
 
 
 def _sorted_copy(group: Any) -> Any:
-    """A copy whose indices ascend, with the root's indices in the same order.
+    """A copy whose indices ascend, with the root's channels in the same order, counted within this group.
 
     Torch-Pruning's Taylor importance sorts a group's indices in place, which changes the caller's group and loses
-    track of which channel is which where they did not ascend.
+    track of which channel is which where they did not ascend; and its scores go wrong for groups of some channels.
     """
+    position = {index: place for place, index in enumerate(group[0].idxs)}
     copy = tp.Group()
     copy._DG = group._DG
     for item in group:
         order = sorted(range(len(item.idxs)), key=item.idxs.__getitem__)
         copy.add_dep(item.dep, [item.idxs[i] for i in order])
-        copy[-1].root_idxs = [item.root_idxs[i] for i in order]
+        copy[-1].root_idxs = [position[item.root_idxs[i]] for i in order]
     return copy

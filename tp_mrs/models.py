@@ -85,29 +85,11 @@ def _fit_small_images(model: nn.Module, in_chans: int) -> None:
         model.stem.conv.stride = (1, 1)
 
 
-class Normalize(nn.Module):
-    """`(images - mean) / std`, per channel. The two statistics are not part of the state dict."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
-
-    def extra_repr(self) -> str:
-        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
-
-
 def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     """Make `model` normalise its images itself, so that attacks and perturbation sizes live in [0, 1].
 
-    The model is changed in place and returned. Its modules keep their names and its state dict its keys: the step
-    is a submodule called `normalize`, run by a forward pre-hook. Calling again replaces the statistics.
+    The model is changed in place and returned. Its modules keep their names and its state dict its keys: the statistics
+    are two buffers outside the state dict, used by a forward pre-hook. Calling again replaces them.
 
     Args:
         model: takes images of shape (N, C, H, W).
@@ -115,7 +97,7 @@ def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
         std: likewise, above 0.
 
     Raises:
-        InputError: lengths differ, a std is not positive, or the model has another submodule called `normalize`.
+        InputError: lengths differ, or a std is not positive.
 
     >>> model = normalize(nn.Sequential(nn.Flatten()), [0.5], [0.25])
     >>> model(torch.full((1, 1, 1, 2), 0.75))
@@ -123,18 +105,26 @@ def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
     """
     if len(mean) != len(std) or len(mean) == 0 or min(std) <= 0:
         raise InputError(f"mean, std: expected one of each per channel with std > 0, got mean={mean}, std={std}")
-    existing = getattr(model, "normalize", None)
-    if existing is not None and not isinstance(existing, Normalize):
-        raise InputError("model: it has an attribute called 'normalize' already; rename that one")
-    step = Normalize(mean, std)
-    reference = next(model.parameters(), None)
-    model.normalize = step if reference is None else step.to(reference.device)
-    if existing is None:
+    first_time = normalization(model) is None
+    reference = next(model.parameters(), torch.empty(0))
+    for name, values in ((_MEAN, mean), (_STD, std)):
+        statistics = torch.tensor(values, dtype=reference.dtype, device=reference.device).view(1, -1, 1, 1)
+        model.register_buffer(name, statistics, persistent=False)
+    if first_time:
         model.register_forward_pre_hook(_normalize_input)
     return model
 
 
-def _normalize_input(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    step = model.normalize
-    assert isinstance(step, Normalize)  # noqa: S101 (set by normalize(); tells the type checker)
-    return (step(inputs[0]), *inputs[1:])
+def normalization(model: nn.Module) -> tuple[list[float], list[float]] | None:
+    """Mean and std that `normalize` gave the model; None if it did not."""
+    mean, std = getattr(model, _MEAN, None), getattr(model, _STD, None)
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+        return None
+    return mean.flatten().tolist(), std.flatten().tolist()
+
+
+_MEAN, _STD = "tp_mrs_mean", "tp_mrs_std"
+
+
+def _normalize_input(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return ((inputs[0] - getattr(model, _MEAN)) / getattr(model, _STD), *inputs[1:])

@@ -101,6 +101,7 @@ def mrpf(
     attacks: Sequence[str | AttackLike] = ("fgsm", "pgd-20"),
     epochs: float = 1,
     eps: float = 8 / 255,
+    train_attack: str | AttackLike | None = None,
     seed: int = 0,
     progress: bool = True,
     **training: Any,
@@ -127,6 +128,7 @@ def mrpf(
         attacks: for evaluating.
         epochs: of fine-tuning, each round; 0 for none.
         eps: perturbation size of the objective's attack and of the named `attacks`.
+        train_attack: for fine-tuning, as `finetune`'s `attack`.
         seed: of measuring, fine-tuning and evaluating.
         progress: show bars on a terminal.
         **training: further arguments of `finetune`, such as `objective="trades"` or `lr=0.02`.
@@ -139,7 +141,8 @@ def mrpf(
     check_count("rounds", rounds)
     check_number("epochs", epochs, low=0)
     check_example_inputs(model, example_inputs)
-    check_training(model, train_data, epochs=epochs or 1, eps=eps, **training)
+    training |= {"attack": train_attack, "eps": eps, "progress": progress}
+    check_training(model, train_data, epochs=epochs or 1, **training)
     importance = MRSImportance(
         model,
         calibration_data if calibration_data is not None else train_data,
@@ -180,9 +183,7 @@ def mrpf(
         pruned = assess()
         record = None
         if epochs > 0:
-            record = finetune(
-                model, train_data, epochs=epochs, eps=eps, seed=seed + index, progress=progress, **training
-            )
+            record = finetune(model, train_data, epochs=epochs, seed=seed + index, **training)
         named = {names[module]: ratio for module, ratio in ratios.items()}
         done.append(Round(goal, reached, sensitivity, named, pruned, record))
     after = assess() if epochs > 0 else done[-1].pruned

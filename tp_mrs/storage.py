@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._version import versions
 from .errors import InputError
 from .files import write_bytes
-from .models import Normalize, create_model, normalize
+from .models import create_model, normalization, normalize
 from .pruning import refresh
 
 FORMAT = "tp_mrs.model/1"
@@ -34,13 +34,11 @@ def save(model: nn.Module, path: str | Path) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    step = getattr(model, "normalize", None)
+    statistics = normalization(model)
     metadata = {
         "format": FORMAT,
         "recipe": _recipe(model),
-        "normalize": {"mean": step.mean.flatten().tolist(), "std": step.std.flatten().tolist()}
-        if isinstance(step, Normalize)
-        else None,
+        "normalize": statistics and {"mean": statistics[0], "std": statistics[1]},
         "heads": {
             name: module.num_heads
             for name, module in model.named_modules()

@@ -1,0 +1,175 @@
+"""allocate: budgets met by exact count, limiting cases, and refusals."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+import torchattacks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.conftest import image_batches, small_cnn, small_resnet, unchanged
+from tp_mrs import InputError, Sensitivity, allocate, measure_sensitivity, pruner_kwargs, refresh
+from tp_mrs.allocation import LayerCost, _Plan, amount
+from tp_mrs.pruning import Group
+
+SIDES = {"small_resnet": 32, "vgg11_bn": 32, "mobilevit_xxs": 64}
+
+
+@cache
+def subject(name: str) -> tuple[nn.Module, torch.Tensor, Sensitivity]:
+    torch.manual_seed(0)
+    model = small_resnet() if name == "small_resnet" else timm.create_model(name, num_classes=4)
+    if name == "vgg11_bn":
+        from tp_mrs import create_model
+
+        model = create_model(name, num_classes=4, image_size=32)
+    example = torch.rand(1, 3, SIDES[name], SIDES[name])
+    data = image_batches(1, 4, SIDES[name])
+    return model, example, measure_sensitivity(model, data, torchattacks.FGSM, example_inputs=example)
+
+
+def pruned_by_hand(model: nn.Module, example: torch.Tensor, ratios: dict[nn.Module, float]) -> nn.Module:
+    """A copy, pruned as a user of Torch-Pruning would."""
+    names = {module: name for name, module in model.named_modules()}
+    other = copy.deepcopy(model)
+    modules = dict(other.named_modules())
+    pruner = tp.pruner.BasePruner(
+        other,
+        example,
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio_dict={modules[names[module]]: ratio for module, ratio in ratios.items()},
+        **pruner_kwargs(other),
+    )
+    pruner.step()
+    return refresh(other)
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(
+    "budget", [{"macs": 0.5}, {"macs": 0.25}, {"params": 0.4}, {"channels": 0.6}, {"macs": 0.8, "round_to": 2}]
+)
+def test_the_budget_is_met_within_a_hundredth(name: str, budget: dict[str, Any]) -> None:
+    model, example, sensitivity = subject(name)
+    with unchanged(model):
+        ratios = allocate(model, example, sensitivity, **budget)
+    measure, target = next(iter(budget.items()))
+    pruned = pruned_by_hand(model, example, ratios)
+    assert amount(pruned, example, measure) / amount(model, example, measure) == pytest.approx(target, rel=0.01)
+    assert pruned(example).shape == (1, 4)
+
+
+def test_sensitive_groups_keep_more() -> None:
+    model, example, sensitivity = subject("vgg11_bn")
+    names = {module: name for name, module in model.named_modules()}
+    ratios = {names[module]: ratio for module, ratio in allocate(model, example, sensitivity, macs=0.4).items()}
+    ranked = sorted(sensitivity.groups, key=sensitivity.groups.__getitem__)
+    assert [round(ratios[name], 1) for name in ranked] == sorted((round(ratios[n], 1) for n in ranked), reverse=True)
+    assert ratios[ranked[0]] > ratios[ranked[-1]]
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "vgg11_bn"])
+def test_alpha_zero_is_uniform(name: str) -> None:
+    model, example, sensitivity = subject(name)
+    ratios = allocate(model, example, sensitivity, macs=0.5, alpha=0.0)
+    units = [module.out_channels for module in ratios if hasattr(module, "out_channels")]
+    assert max(ratios.values()) - min(ratios.values()) < 1.1 / min(units) + 0.01
+
+
+def test_the_whole_model_needs_no_pruning() -> None:
+    model, example, sensitivity = subject("small_resnet")
+    assert set(allocate(model, example, sensitivity, macs=1.0).values()) == {0.0}
+
+
+def test_min_keep_is_kept() -> None:
+    model, example, sensitivity = subject("vgg11_bn")
+    ratios = allocate(model, example, sensitivity, macs=0.3, alpha=3.0, min_keep=0.25)
+    assert max(ratios.values()) <= 0.75
+
+
+def test_round_to_leaves_multiples() -> None:
+    model, example, sensitivity = subject("vgg11_bn")
+    pruned = pruned_by_hand(model, example, allocate(model, example, sensitivity, macs=0.5, round_to=8))
+    assert all(m.out_channels % 8 == 0 for m in pruned.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "macs, params, channels: give exactly one budget.*got none"),
+        ({"macs": 0.5, "params": 0.5}, "give exactly one budget.*got macs, params"),
+        ({"macs": 0}, r"macs: expected a number in \(0, 1\], got 0"),
+        ({"macs": 1.2}, r"macs: expected a number in \(0, 1\], got 1.2"),
+        ({"params": float("nan")}, "params"),
+        ({"macs": "half"}, "macs"),
+        ({"macs": 0.5, "alpha": -1}, "alpha"),
+        ({"macs": 0.5, "min_keep": 0}, "min_keep"),
+        ({"macs": 0.5, "round_to": 0}, "round_to"),
+        ({"macs": 0.001}, "macs=0.001: can't be met within 1%; the nearest is macs=0.0.*lower min_keep"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    model, example, sensitivity = subject("small_resnet")
+    with unchanged(model), pytest.raises(InputError, match=message):
+        allocate(model, example, sensitivity, **arguments)
+
+
+def test_a_sensitivity_of_another_model() -> None:
+    _, example, sensitivity = subject("small_resnet")
+    with pytest.raises(InputError, match="sensitivity: it was measured on a model with other groups"):
+        allocate(small_cnn(), example, sensitivity, macs=0.5)
+
+
+def test_zero_sensitivity_everywhere_is_uniform() -> None:
+    model, example, sensitivity = subject("vgg11_bn")
+    silent = replace(sensitivity, groups=dict.fromkeys(sensitivity.groups, 0.0))
+    assert allocate(model, example, silent, macs=0.5) == allocate(model, example, sensitivity, macs=0.5, alpha=0.0)
+
+
+# --- the plan itself, on made-up networks ------------------------------------------------------------------------
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> _Plan:
+    """A chain of layers with random widths and scores."""
+    units = draw(st.lists(st.integers(2, 64), min_size=2, max_size=6))
+    groups = [Group(f"g{i}", width, 1, (), ()) for i, width in enumerate(units)]
+    full = draw(st.lists(st.floats(0.1, 1.0), min_size=len(units) + 1, max_size=len(units) + 1))
+    costs = []
+    for i, size in enumerate(full):
+        outputs = {f"g{i}": 1 / units[i]} if i < len(units) else {}
+        inputs = {f"g{i - 1}": 1 / units[i - 1]} if i else {}
+        costs.append(LayerCost(size / sum(full), outputs, inputs))
+    scores = {group.name: draw(st.floats(1e-6, 10.0)) for group in groups}
+    return _Plan(groups, costs, scores, draw(st.floats(0, 2)), draw(st.floats(0.01, 0.5)), None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plan=plans(), target=st.floats(0.05, 1.0))
+def test_a_plan_stays_within_its_budget_and_bounds(plan: _Plan, target: float) -> None:
+    kept = plan.solve(target)
+    smallest = {group.name: plan.choices(group)[0] for group in plan.groups}
+    assert plan.cost(kept) <= target * (1 + 1e-9) or kept == smallest
+    for group in plan.groups:
+        assert max(1, plan.min_keep * group.units - 1e-6) <= kept[group.name] <= group.units
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans(), low=st.floats(0.1, 10.0), factor=st.floats(1.0, 10.0))
+def test_a_larger_scale_never_costs_less(plan: _Plan, low: float, factor: float) -> None:
+    costs = [plan.cost(plan.rounded_down(plan.wanted(scale))) for scale in (low, low * factor)]
+    assert costs[0] <= costs[1] + 1e-12
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans())
+def test_nothing_removed_costs_everything(plan: _Plan) -> None:
+    assert plan.cost({group.name: group.units for group in plan.groups}) == pytest.approx(1.0)
