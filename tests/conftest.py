@@ -101,7 +101,7 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     gradients = [parameter.grad for parameter in model.parameters()]
     values = [None if gradient is None else gradient.clone() for gradient in gradients]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
-    rng = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
+    rng = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     yield
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -116,4 +116,4 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
         assert all(torch.equal(state[name], after[name]) for name in state)
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
-    assert np.random.get_state()[1].tolist() == rng[2]  # type: ignore[union-attr, index]
+    assert np.random.get_state()[1].tolist() == rng[2]  # type: ignore[index]

@@ -71,7 +71,7 @@ def test_sensitive_groups_keep_more() -> None:
     model, example, sensitivity = subject("vgg11_bn")
     names = {module: name for name, module in model.named_modules()}
     ratios = {names[module]: ratio for module, ratio in allocate(model, example, sensitivity, macs=0.4).items()}
-    ranked = sorted(sensitivity.groups, key=sensitivity.groups.__getitem__)
+    ranked = sorted(sensitivity.groups, key=sensitivity.typical.__getitem__)
     assert [round(ratios[name], 1) for name in ranked] == sorted((round(ratios[n], 1) for n in ranked), reverse=True)
     assert ratios[ranked[0]] > ratios[ranked[-1]]
 
@@ -80,7 +80,7 @@ def test_sensitive_groups_keep_more() -> None:
 def test_alpha_zero_is_uniform(name: str) -> None:
     model, example, sensitivity = subject(name)
     ratios = allocate(model, example, sensitivity, macs=0.5, alpha=0.0)
-    units = [module.out_channels for module in ratios if hasattr(module, "out_channels")]
+    units = [module.out_channels for module in ratios if isinstance(module, nn.Conv2d)]
     assert max(ratios.values()) - min(ratios.values()) < 1.1 / min(units) + 0.01
 
 
@@ -130,7 +130,7 @@ def test_a_sensitivity_of_another_model() -> None:
 
 def test_zero_sensitivity_everywhere_is_uniform() -> None:
     model, example, sensitivity = subject("vgg11_bn")
-    silent = replace(sensitivity, groups=dict.fromkeys(sensitivity.groups, 0.0))
+    silent = replace(sensitivity, typical=dict.fromkeys(sensitivity.groups, 0.0))
     assert allocate(model, example, silent, macs=0.5) == allocate(model, example, sensitivity, macs=0.5, alpha=0.0)
 
 
@@ -157,7 +157,8 @@ def plans(draw: st.DrawFn) -> _Plan:
 def test_a_plan_stays_within_its_budget_and_bounds(plan: _Plan, target: float) -> None:
     kept = plan.solve(target)
     smallest = {group.name: plan.choices(group)[0] for group in plan.groups}
-    assert plan.cost(kept) <= target * (1 + 1e-9) or kept == smallest
+    step = max(plan.cost(kept) - plan.cost({**kept, group.name: max(kept[group.name] - 1, 1)}) for group in plan.groups)
+    assert plan.cost(kept) <= target + step + 1e-9 or kept == smallest
     for group in plan.groups:
         assert max(1, plan.min_keep * group.units - 1e-6) <= kept[group.name] <= group.units
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_first_order_is_linear_in_the_radius(epsilon: float, factor: float) -> N
 def test_a_layer_before_batchnorm_has_the_same_sensitivity_at_any_scale(scale: float) -> None:
     """The ball is relative: scale a weight up and the next layer down by as much, and nothing changes."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model: Any = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batch = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))]
     before = measure(model, batch, torchattacks.VANILA).modules
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_pga_puts_weights_back_when_a_pass_fails(batches: Batches) -> None:
 
 
 def test_infinite_weights_are_reported(batches: Batches) -> None:
-    model = small_cnn()
+    model: Any = small_cnn()
     nn.init.constant_(model[7].weight, math.inf)
     with pytest.raises(DivergenceError, match="weights finite"):
         measure(model, batches, torchattacks.VANILA)

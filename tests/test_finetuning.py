@@ -180,5 +180,5 @@ def test_a_loss_that_is_not_finite_stops_training(batches: Batches) -> None:
         return model(images).sum() * float("nan")
 
     model = small_cnn()
-    with unchanged(model, weights=False), pytest.raises(DivergenceError, match="batch 1 of 2.*lower lr"):
+    with unchanged(model, weights=False), pytest.raises(DivergenceError, match=r"batch 1 of 2.*lower lr"):
         finetune(model, batches, objective=explodes)

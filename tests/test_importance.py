@@ -66,8 +66,8 @@ def test_sensitive_groups_are_pruned_less(batches: Batches) -> None:
             return torch.linspace(0.5, 1.5, len(group[0].idxs))
 
     model = small_resnet()
-    importance = MRSImportance(model, batches, torchattacks.FGSM, base=Ramp())
-    groups = importance.sensitivity(EXAMPLE).groups
+    importance = MRSImportance(model, batches, torchattacks.FGSM, base=Ramp(), alpha=2.0)
+    groups = importance.sensitivity(EXAMPLE).typical
     before = widths(model)
     prune(model, importance, pruning_ratio=0.4)
     kept = {name: widths(model)[name] / before[name] for name in groups}
@@ -77,22 +77,32 @@ def test_sensitive_groups_are_pruned_less(batches: Batches) -> None:
 
 
 def test_the_weight_is_by_the_sum_over_the_group(batches: Batches) -> None:
-    model = small_cnn()
-    ones = lambda group: torch.ones(len(group[0].idxs))  # noqa: E731
-    importance = MRSImportance(model, batches, torchattacks.FGSM, base=ones, alpha=2.0)
+    model: Any = small_cnn()
+    importance = MRSImportance(
+        model, batches, torchattacks.FGSM, base=lambda group: torch.ones(len(group[0].idxs)), alpha=2.0, min_keep=1.0
+    )
     graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
-    scores = [
-        float(importance(graph.get_pruning_group(model[i], tp.prune_conv_out_channels, [0, 1]))[0])  # type: ignore[index]
-        for i in (0, 3)
-    ]
-    modules = importance.measurement().modules
-    expected = ((modules["0"] + modules["3"]) / (modules["3"] + modules["7"])) ** 2
-    assert scores[0] / scores[1] == pytest.approx(expected, rel=1e-5)
+    groups = [graph.get_pruning_group(model[i], tp.prune_conv_out_channels, [0, 1]) for i in (0, 3)]
+    first, second = (scores.tolist() for group in groups if (scores := importance(group)) is not None)
+    measured = importance.measurement()
+    scaled = {name: score / measured.sizes[name] ** 0.5 for name, score in measured.modules.items()}
+    expected = ((scaled["0"] + scaled["3"]) / (scaled["3"] + scaled["7"])) ** 2
+    assert first[0] / second[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8])
+def test_no_group_is_emptied_or_spared(ratio: float, batches: Batches) -> None:
+    model = small_resnet()
+    before = widths(model)
+    prune(model, MRSImportance(model, batches, torchattacks.FGSM, alpha=4.0), pruning_ratio=ratio)
+    kept = {name: width / before[name] for name, width in widths(model).items()}
+    assert min(kept.values()) >= 0.1
+    assert sorted(kept.values())[:4] == pytest.approx([0.125] * 4, abs=0.075)
 
 
 @pytest.mark.parametrize("base", ["taylor", "magnitude", tp.importance.TaylorImportance(multivariable=True)])
 def test_scoring_leaves_no_trace(base: Any, batches: Batches) -> None:
-    model = small_cnn()
+    model: Any = small_cnn()
     graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
     group = graph.get_pruning_group(model[0], tp.prune_conv_out_channels, [5, 1, 3])
     indices = [(list(item.idxs), list(item.root_idxs)) for item in group]
@@ -101,19 +111,35 @@ def test_scoring_leaves_no_trace(base: Any, batches: Batches) -> None:
         scores = importance(group)
         assert not torch.is_grad_enabled()
     assert scores is not None
-    whole = importance(graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(8))))  # type: ignore[index]
-    assert whole is not None
-    if base == "taylor":  # what is left is the normaliser, the mean over the group's channels
-        torch.testing.assert_close(scores / scores.mean(), whole[[5, 1, 3]] / whole[[5, 1, 3]].mean())
+    assert scores.shape == (3,)
     assert indices == [(list(item.idxs), list(item.root_idxs)) for item in group]
+
+
+def test_some_channels_of_a_group_score_as_they_do_among_all(batches: Batches) -> None:
+    model: Any = small_cnn()
+    graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
+    importance = MRSImportance(model, batches, torchattacks.FGSM, alpha=0.0)
+    some, all_of_them = (
+        importance(graph.get_pruning_group(model[0], tp.prune_conv_out_channels, list(indices)))
+        for indices in ([5, 1, 3], range(8))
+    )
+    assert some is not None
+    assert all_of_them is not None
+    picked = all_of_them[[5, 1, 3]]  # the same, but for the division by the mean over the group
+    torch.testing.assert_close(some / some.mean(), picked / picked.mean())
 
 
 def test_measures_once_until_shapes_change(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     from tp_mrs import importance as module
 
-    calls = []
+    calls: list[int] = []
     real = module.measure
-    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "measure", counted)
     model = small_resnet()
     importance = MRSImportance(model, batches, torchattacks.FGSM)
     assert not calls

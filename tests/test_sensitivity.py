@@ -30,6 +30,8 @@ def test_groups_sum_every_coupled_layer(resnet: nn.Module, batches: Batches) -> 
     for group, layers in result.members.items():
         assert result.groups[group] == pytest.approx(sum(result.modules[layer] for layer in layers))
         assert group in layers
+        sizes = {layer: resnet.get_submodule(layer).weight.numel() for layer in layers}  # type: ignore[operator]
+        assert result.typical[group] == pytest.approx(sum(result.modules[i] / sizes[i] ** 0.5 for i in layers))
     assert "fc" not in result.groups
     assert any("fc" in layers for layers in result.members.values())
 
@@ -196,7 +198,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, batches: Batches
 
 def test_an_attack_on_another_model(batches: Batches) -> None:
     model, other = small_cnn(), small_cnn()
-    with unchanged(model), pytest.raises(InputError, match="attack: this FGSM is bound to another model.*factory"):
+    with unchanged(model), pytest.raises(InputError, match=r"attack: this FGSM is bound to another model.*factory"):
         measure_sensitivity(model, batches, torchattacks.FGSM(other), example_inputs=EXAMPLE)
 
 

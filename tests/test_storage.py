@@ -53,7 +53,7 @@ def test_outputs_are_bit_identical(name: str, tmp_path: Path) -> None:
 
 
 def test_in_another_process(tmp_path: Path) -> None:
-    model, example = pruned("resnet18")
+    model, _ = pruned("resnet18")
     save(model, tmp_path / "model.safetensors")
     code = "import sys, torch, tp_mrs; print(tp_mrs.load(sys.argv[1])(torch.full((1, 3, 32, 32), 0.3)).tolist())"
     done = subprocess.run(
@@ -78,7 +78,7 @@ def test_a_model_that_timm_did_not_make(tmp_path: Path) -> None:
         **pruner_kwargs(model),
     ).step()
     path = save(model, tmp_path / "m.safetensors")
-    with pytest.raises(InputError, match="factory: .* pass factory"):
+    with pytest.raises(InputError, match=r"factory: .* pass factory"):
         load(path)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(load(path, factory=small_cnn)(images), model(images))
@@ -115,7 +115,7 @@ def test_shapes_the_architecture_cannot_have(shape: tuple[int, ...], tmp_path: P
     tensors = timm.create_model("resnet18", num_classes=3).state_dict() | {"conv1.weight": torch.zeros(shape)}
     path = tmp_path / "m.safetensors"
     path.write_bytes(safetensors.torch.save(tensors, metadata()))
-    with pytest.raises(InputError, match="conv1.weight .* has shape"):
+    with pytest.raises(InputError, match=r"conv1.weight .* has shape"):
         load(path)
 
 
@@ -125,7 +125,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="path: cannot write .* choose a writable folder"):
+    with pytest.raises(InputError, match=r"path: cannot write .* choose a writable folder"):
         save(small_cnn(), tmp_path / "no" / "m.safetensors")
 
 

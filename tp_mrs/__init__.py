@@ -9,6 +9,7 @@ from .importance import MRSImportance
 from .models import create_model, normalize
 from .pipeline import Report, mrpf
 from .pruning import pruner_kwargs, refresh
+from .recalibration import recalibrate
 from .sensitivity import Sensitivity, measure_sensitivity
 from .storage import load, save
 
@@ -30,6 +31,7 @@ __all__ = [
     "mrpf",
     "normalize",
     "pruner_kwargs",
+    "recalibrate",
     "refresh",
     "save",
 ]

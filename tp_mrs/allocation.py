@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ def allocate(
 ) -> dict[nn.Module, float]:
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
-    Group g keeps the fraction `k_g = clip(κ · (MRS_g / geometric mean)^α, min_keep, 1)` of its channels. κ is found by
-    bisection; the channels lost to rounding go to the groups that rounding hurt most. The budget is then counted on a
-    pruned copy of the model.
+    Group g keeps the fraction `k_g = clip(κ · (T_g / geometric mean)^α, min_keep, 1)` of its channels, with T_g its
+    typical sensitivity (see `Sensitivity.typical`). κ is found by bisection; the channels lost to rounding go to the
+    groups that rounding hurt most. The budget is then counted on a pruned copy of the model.
 
     Args:
         model: the model that `sensitivity` was measured on; stays as it is.
@@ -55,21 +56,23 @@ def allocate(
         Root layer of each group → fraction of its channels to remove. Pass it as `pruning_ratio_dict` to a local
         (not `global_pruning`) pruner made with `**tp_mrs.pruner_kwargs(model)`.
 
+    Notes:
+        With the worst case MRS_g in place of T_g, wide late layers are kept whole at the cost of narrow early ones,
+        because the worst direction counts for more in more dimensions; robust accuracy after pruning is lower (see
+        benchmarks/README.md).
+
     Raises:
         InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
     """
     measure, target = single_budget(macs=macs, params=params, channels=channels)
-    check_number("alpha", alpha, low=0)
-    check_number("min_keep", min_keep, low=0, high=1, open_low=True)
-    if round_to is not None:
-        check_count("round_to", round_to)
+    check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
     if [group.name for group in groups] != list(sensitivity.groups):
         raise InputError(
             "sensitivity: it was measured on a model with other groups; measure it on the model you allocate for"
         )
-    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), sensitivity.groups, alpha, min_keep, round_to)
+    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), sensitivity.typical, alpha, min_keep, round_to)
     kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure))
     modules = dict(model.named_modules())
     return {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
@@ -85,6 +88,14 @@ def single_budget(**budgets: float | None) -> tuple[str, float]:
     ((name, value),) = given.items()
     check_number(name, value, low=0, high=1, open_low=True)
     return name, value
+
+
+def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> None:
+    """Raise `InputError` unless these arguments of `allocate` are usable."""
+    check_number("alpha", alpha, low=0)
+    check_number("min_keep", min_keep, low=0, high=1, open_low=True)
+    if round_to is not None:
+        check_count("round_to", round_to)
 
 
 def amount(model: nn.Module, example_inputs: Tensor, measure: str) -> int:
@@ -152,13 +163,13 @@ class _Plan:
         return sum(layer.at(removed) for layer in self.costs)
 
     def solve(self, target: float) -> Kept:
-        """The plan that costs at most `target` and comes closest to it; the smallest plan if none is that cheap."""
+        """A plan that costs about `target`, in the proportions wanted as far as whole units allow."""
         low, high = 1e-12, 1e12
         for _ in range(200):
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.cost(self.rounded_down(self.wanted(middle))) <= target else (low, middle)
-        wanted = self.wanted(high)
-        return self._filled(self.rounded_down(self.wanted(low)), wanted, target)
+        kept = self._filled(self.rounded_down(self.wanted(low)), self.wanted(high), target)
+        return kept if self.cost(kept) >= target * (1 - TOLERANCE / 2) else self._exchanged(kept, target)
 
     def _filled(self, kept: Kept, wanted: Mapping[str, float], target: float) -> Kept:
         """Hand out what rounding left over, one step a group and round, to those furthest below what they wanted."""
@@ -172,6 +183,23 @@ class _Plan:
                     changed = True
             if not changed or self.cost(kept) >= target * (1 - TOLERANCE / 4):
                 return kept
+
+    def _exchanged(self, kept: Kept, target: float) -> Kept:
+        """The plan nearest to `target` among those that move two groups by up to two steps; for coarse networks."""
+        near = {group.name: _near(self.choices(group), kept[group.name]) for group in self.groups}
+        moves = (
+            {**kept, first: one, second: other}
+            for first, second in itertools.combinations_with_replacement(near, 2)
+            for one in near[first]
+            for other in near[second]
+        )
+        return min(moves, key=lambda plan: abs(self.cost(plan) - target))
+
+
+def _near(choices: Sequence[int], current: int) -> Sequence[int]:
+    """`current` and up to two choices on either side."""
+    index = choices.index(current)
+    return choices[max(index - 2, 0) : index + 3]
 
 
 def _costs(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], measure: str) -> list[LayerCost]:
@@ -240,17 +268,15 @@ def _width(module: nn.Module, side: str) -> int:
 
 
 def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], float]) -> Kept:
-    """A plan that really costs `target` within the tolerance, by correcting the aim for what the estimate missed."""
-    low, high = (0.0, 0.0), (1.0, 1.0)  # (aimed at, really there) on either side of the target
+    """A plan that really costs `target` within the tolerance: aim, count, and aim anew by what the estimate missed."""
     aim, nearest = target, math.inf
-    for _ in range(12):
+    for _ in range(8):
         kept = plan.solve(aim)
         real = counted(kept)
         nearest = min(nearest, real, key=lambda value: abs(value - target))
         if abs(real - target) <= TOLERANCE * target:
             return kept
-        low, high = ((aim, real), high) if real < target else (low, (aim, real))
-        aim = low[0] + (high[0] - low[0]) * (target - low[1]) / (high[1] - low[1])
+        aim = target + plan.cost(kept) - real
     remedy = "lower min_keep or round_to" if nearest > target else "lower round_to"
     raise InputError(
         f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}, or {remedy}"

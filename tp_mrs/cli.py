@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ from .allocation import single_budget
 from .attacks import named_attack, parse_eps
 from .data import LOADERS, ImageData, load_data, make_loader, random_subset
 from .dense import dense_model
-from .errors import DivergenceError, InputError, check_choice, check_count, check_number
+from .errors import DivergenceError, InputError, check_choice, check_count
 from .evaluation import Evaluation, evaluate
 from .files import check_output_folder, write_bytes
+from .finetuning import check_options as check_training_options
 from .importance import BASES
 from .models import create_model, normalize
 from .objectives import OBJECTIVES, resolve
-from .pipeline import Report, mrpf
-from .sensitivity import measure_sensitivity
+from .pipeline import Report, check_options, mrpf
+from .sensitivity import Estimator, measure_sensitivity
 from .storage import fit_shapes, load, read, save
 
 
@@ -101,12 +102,16 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.macs is None and arguments.params is None and arguments.channels is None:
         arguments.macs = 0.5
     single_budget(macs=arguments.macs, params=arguments.params, channels=arguments.channels)
-    check_number("epochs", arguments.epochs, low=0)
-    check_number("lr", arguments.lr, low=0, high=10, open_low=True)
     check_choice("base", arguments.base, BASES)
-    resolve(arguments.objective)
-    out = check_output_folder(arguments.out)
+    check_options(
+        rounds=arguments.rounds,
+        epochs=arguments.epochs,
+        alpha=arguments.alpha,
+        min_keep=arguments.min_keep,
+        round_to=arguments.round_to,
+    )
     job = _Job(arguments)
+    out = check_output_folder(arguments.out)
     model = job.model()
     report = mrpf(
         model,
@@ -144,8 +149,8 @@ def _prune(arguments: argparse.Namespace) -> None:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
-    out = check_output_folder(arguments.out) if arguments.out else None
     job = _Job(arguments)
+    out = check_output_folder(arguments.out) if arguments.out else None
     sensitivity = measure_sensitivity(
         job.model(),
         job.calibration_loader(),
@@ -182,17 +187,21 @@ class _Job:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        check_count("batch-size", arguments.batch_size)
-        check_count("calibration-images", arguments.calibration_images)
-        if arguments.test_images is not None:
-            check_count("test-images", arguments.test_images)
+        for name in ("batch_size", "calibration_images", "test_images"):
+            if getattr(arguments, name) is not None:
+                check_count(name, getattr(arguments, name))
+        check_choice("estimator", arguments.estimator, get_args(Estimator))
+        check_training_options(
+            lr=arguments.lr, optimizer=arguments.optimizer, precision=arguments.precision, seed=arguments.seed
+        )
+        resolve(arguments.objective)
         self.device = _device(arguments.device)
         self.eps = parse_eps(arguments.eps)
         self.data: ImageData = load_data(
             arguments.data, arguments.data_dir, download=arguments.download, image_size=arguments.image_size
         )
         self.attack = named_attack(arguments.attack, eps=self.eps, num_classes=self.data.num_classes)
-        for name in arguments.attacks:
+        for name in (*arguments.attacks, arguments.train_attack or "none"):
             named_attack(name, eps=self.eps)
 
     @property

@@ -127,7 +127,8 @@ def finetune(
         "channels_last": channels_last,
         "seed": seed,
     }
-    batches = _check_settings(train_data, **settings)
+    batches = _check_length(train_data)
+    check_options(**settings)
     device, recipe, factory = device_of(model), *_resolve(objective, attack, eps)
     perturb = bind(factory, model)
     steps = max(1, round(epochs * batches))
@@ -170,7 +171,8 @@ def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any)
         raise InputError(f"training arguments: {error}; finetune takes {known}") from error
     call.apply_defaults()
     given = call.arguments
-    _check_settings(**given)
+    _check_length(train_data)
+    check_options(**{name: given[name] for name in inspect.signature(check_options).parameters})
     _, factory = _resolve(given["objective"], given["attack"], given["eps"])
     bind(factory, model)
 
@@ -220,30 +222,39 @@ class _Update:
         return float(loss.detach())
 
 
-def _check_settings(
-    train_data: Iterable[Any],
+def check_options(
     *,
-    epochs: float,
-    lr: float,
-    optimizer: str,
-    schedule: str,
-    warmup: float,
-    clip_norm: float | None,
-    precision: str,
-    **_: object,
-) -> int:
-    """The number of batches in an epoch, if all settings are usable."""
-    if not isinstance(train_data, Sized) or isinstance(train_data, Iterator):
-        raise InputError("train_data: expected a DataLoader or a list of (images, labels) batches, which has a len()")
-    check_count("len(train_data)", len(train_data))
+    epochs: float = 1,
+    lr: float = 0.05,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: str = "cosine",
+    warmup: float = 0.1,
+    clip_norm: float | None = None,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    seed: int = 0,
+) -> None:
+    """Raise `InputError` unless these arguments of `finetune` are usable."""
     check_number("epochs", epochs, low=0, open_low=True)
     check_number("lr", lr, low=0, high=10, open_low=True)
+    check_number("momentum", momentum, low=0, high=1)
+    check_number("weight_decay", weight_decay, low=0)
     check_number("warmup", warmup, low=0, high=1)
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, low=0, open_low=True)
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_choice("precision", precision, ("fp32", "bf16"))
     check_choice("optimizer", optimizer, list_optimizers())
+    check_count("seed", seed, low=0)
+
+
+def _check_length(train_data: Iterable[Any]) -> int:
+    """The number of batches in an epoch."""
+    if not isinstance(train_data, Sized) or isinstance(train_data, Iterator):
+        raise InputError("train_data: expected a DataLoader or a list of (images, labels) batches, which has a len()")
+    check_count("len(train_data)", len(train_data))
     return len(train_data)
 
 

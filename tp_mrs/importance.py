@@ -23,12 +23,17 @@ BASES: dict[str, Callable[[], Any]] = {
 }
 
 
+_OUT_OF_REACH = 1e6
+"""Factor on the scores of channels that are to stay; they keep their order among themselves."""
+
+
 class MRSImportance(tp.importance.Importance):
     """Scores of a base importance, weighted by the Module Robustness Sensitivity of the coupled group.
 
-    For channel c of group g the score is `(MRS_g / M)^α · base_g(c)`, with M the geometric mean of all layers'
-    sensitivities. With `global_pruning=True`, insensitive groups are pruned more and sensitive ones less. The model
-    is measured when the importance is first called, and again once its shapes have changed.
+    For channel c of group g the score is `(T_g / T)^α · base_g(c)`. T_g is the group's typical sensitivity, the sum of
+    MRS_i / √(weights of layer i) over its layers (see `Sensitivity.typical`), and T the geometric mean of the layers'.
+    With `global_pruning=True`, insensitive groups are pruned more and sensitive ones less. The model is measured when
+    the importance is first called, and again once its shapes have changed.
 
     Args:
         model: the model that the pruner prunes.
@@ -38,6 +43,9 @@ class MRSImportance(tp.importance.Importance):
             importance. While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that
             gradient-based ones work as they are; afterwards `.grad` is what it was.
         alpha: how much the sensitivity counts. 0 gives the base's scores exactly.
+        min_keep: fraction of each group's channels, at least one, whose scores are raised above all others (not at
+            `alpha=0`). Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
+            sensitive groups.
         epsilon, estimator, steps, max_batches, seed, progress: as for `measure_sensitivity`.
 
     Raises:
@@ -57,6 +65,7 @@ class MRSImportance(tp.importance.Importance):
         *,
         base: BaseName | Callable[[Any], Tensor | None] = "taylor",
         alpha: float = 1.0,
+        min_keep: float = 0.1,
         epsilon: float = 0.1,
         estimator: Estimator = "first_order",
         steps: int = 3,
@@ -65,6 +74,7 @@ class MRSImportance(tp.importance.Importance):
         progress: bool = True,
     ) -> None:
         check_number("alpha", alpha, low=0)
+        check_number("min_keep", min_keep, low=0, high=1)
         check_settings(epsilon=epsilon, estimator=estimator, steps=steps, max_batches=max_batches)
         if not callable(base):
             check_choice("base", base, BASES)
@@ -76,7 +86,7 @@ class MRSImportance(tp.importance.Importance):
         bind(attack, model)
         self.model, self.data, self.attack = model, data, attack
         self.base = base if callable(base) else BASES[base]()
-        self.alpha = alpha
+        self.alpha, self.min_keep = alpha, min_keep
         self._settings: dict[str, Any] = {
             "epsilon": epsilon,
             "estimator": estimator,
@@ -106,17 +116,19 @@ class MRSImportance(tp.importance.Importance):
             scores = self.base(_sorted_copy(group))
         if scores is None or self.alpha == 0:
             return scores
-        return scores * self._weight(group, measurement)
+        scores = scores * self._weight(group, measurement)
+        best = scores.topk(max(1, math.ceil(self.min_keep * len(scores)))).indices
+        scores[best] *= _OUT_OF_REACH
+        return scores
 
     def _weight(self, group: Any, measurement: Measurement) -> float:
-        """`(MRS_g / M)^α`; a layer that never matters counts a billionth of the mean, to stay positive."""
+        """`(T_g / T)^α`; a layer that never matters counts a billionth of the mean, to stay positive."""
         names = {module: name for name, module in self.model.named_modules()}
         layers = layers_of(group)
         if any(layer not in names for layer in layers):
             raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
-        mean = geometric_mean(measurement.modules.values())
-        score = sum(measurement.modules.get(names[layer], 0.0) for layer in layers)
-        return max(score / mean, 1e-9) ** self.alpha
+        mean = geometric_mean(measurement.typical([name]) for name in measurement.modules)
+        return max(measurement.typical(names[layer] for layer in layers) / mean, 1e-9) ** self.alpha
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -1,4 +1,4 @@
-"""MRPF: measure, allocate, prune, fine-tune, in one or more rounds."""
+"""MRPF: measure, allocate, prune, recalibrate, fine-tune, in one or more rounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import allocate, amount, single_budget
+from .allocation import allocate, amount, check_allocation, single_budget
 from .attacks import AttackLike, describe
 from .errors import check_count, check_example_inputs, check_number
 from .evaluation import Evaluation, evaluate
@@ -19,6 +19,7 @@ from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
 from .importance import BaseName, MRSImportance
 from .pruning import prune_by_ratio
+from .recalibration import recalibrate
 from .sensitivity import Estimator, Sensitivity
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Round:
         reached: what the pruned model really has, likewise.
         sensitivity: of the model before pruning.
         ratios: root layer of each group → fraction of its channels that went.
-        pruned: evaluation before fine-tuning; None without test data.
+        pruned: evaluation after recalibrating, before fine-tuning; None without test data.
         finetuning: the training record; None with `epochs=0`.
     """
 
@@ -109,7 +110,8 @@ def mrpf(
     """Module Robust Pruning and Fine-tuning: make `model` smaller, in place, keeping its robustness.
 
     Each round measures the sensitivity of the coupled groups, sets their pruning ratios by it (`allocate`), prunes with
-    Torch-Pruning, and fine-tunes adversarially. The budget falls geometrically over the rounds.
+    Torch-Pruning, sets BatchNorm's statistics anew (`recalibrate`), and fine-tunes adversarially. The budget falls
+    geometrically over the rounds.
 
     Source: Bai et al., arXiv 2410.15176 (a reconstruction).
 
@@ -122,7 +124,7 @@ def mrpf(
         rounds: how many times to measure, prune and fine-tune.
         alpha, min_keep, round_to: as for `allocate`.
         base, epsilon, estimator, steps: as for `MRSImportance`.
-        calibration_data: images to measure on, from the training split; `train_data` if None.
+        calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
         max_batches: of the calibration data, per round.
         test_data: for evaluating before, after pruning and after fine-tuning; None to skip that.
         attacks: for evaluating.
@@ -138,14 +140,14 @@ def mrpf(
         DivergenceError: a loss is not finite.
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
-    check_count("rounds", rounds)
-    check_number("epochs", epochs, low=0)
+    check_options(rounds=rounds, epochs=epochs, alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
     check_training(model, train_data, epochs=epochs or 1, **training)
+    images = calibration_data if calibration_data is not None else train_data
     importance = MRSImportance(
         model,
-        calibration_data if calibration_data is not None else train_data,
+        images,
         attack,
         base=base,
         alpha=0.0,  # ratios are per group here, and the base alone decides within a group
@@ -178,6 +180,7 @@ def mrpf(
         )
         names = {module: name for name, module in model.named_modules()}
         prune_by_ratio(model, example_inputs, ratios, importance)
+        recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
         reached = amount(model, example_inputs, budget) / dense
         logger.info("round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * reached)
         pruned = assess()
@@ -201,3 +204,10 @@ def mrpf(
         "seed": seed,
     }
     return Report(before, after, tuple(done), settings)
+
+
+def check_options(*, rounds: int, epochs: float, alpha: float, min_keep: float, round_to: int | None) -> None:
+    """Raise `InputError` unless these arguments of `mrpf` are usable."""
+    check_count("rounds", rounds)
+    check_number("epochs", epochs, low=0)
+    check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)

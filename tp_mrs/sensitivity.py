@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,9 @@ class Sensitivity:
 
     Attributes:
         modules: name of each convolutional or linear layer → its sensitivity, in nats of cross-entropy.
-        groups: name of each coupled group's root layer → the sum over its layers.
+        groups: name of each coupled group's root layer → MRS_g, the sum over its layers.
+        typical: name of each group → what a random change of the same size costs instead of the worst one, to first
+            order and as a root mean square: the sum of MRS_i / √(weights of layer i). Pruning ratios are set by this.
         members: name of each group → its layers, those whose outputs are pruned and those whose inputs go with them.
         robust_loss: mean cross-entropy on the attacked images, in nats.
         robust_accuracy: fraction of the attacked images classified correctly.
@@ -43,6 +46,7 @@ class Sensitivity:
 
     modules: Mapping[str, float]
     groups: Mapping[str, float]
+    typical: Mapping[str, float]
     members: Mapping[str, tuple[str, ...]]
     robust_loss: float
     robust_accuracy: float
@@ -88,9 +92,10 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores of all modules, and the gradients of the robust loss that came with them, by parameter name."""
+    """Score and number of weights of each layer, and the robust loss's gradient by parameter name."""
 
     modules: dict[str, float]
+    sizes: dict[str, int]
     gradients: dict[str, Tensor]
     robust_loss: float
     robust_accuracy: float
@@ -103,12 +108,21 @@ class Measurement:
         return Sensitivity(
             modules=self.modules,
             groups={name: sum(self.modules.get(layer, 0.0) for layer in layers) for name, layers in members.items()},
+            typical={name: self.typical(layers) for name, layers in members.items()},
             members=members,
             robust_loss=self.robust_loss,
             robust_accuracy=self.robust_accuracy,
             images=self.images,
             settings=self.settings,
         )
+
+    def typical(self, layers: Iterable[str]) -> float:
+        """What a random change of these layers, of the size that MRS allows, costs to first order.
+
+        A random direction in d dimensions meets the gradient with a root mean square of 1/√d of its length, where the
+        worst one meets all of it. Pruning takes away the weakest channels, so it is nearer to the former.
+        """
+        return sum(self.modules[layer] / math.sqrt(self.sizes[layer]) for layer in layers if layer in self.modules)
 
 
 def measure_sensitivity(
@@ -218,7 +232,8 @@ def measure(
         }
         if estimator == "pga":
             settings["steps"] = steps
-    return Measurement(scores, gradients, loss, accuracy, sum(len(labels) for _, labels in batches), settings)
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    return Measurement(scores, sizes, gradients, loss, accuracy, sum(len(labels) for _, labels in batches), settings)
 
 
 def check_settings(*, epsilon: float, estimator: str, steps: int, max_batches: int | None) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of tp_mrs; see README.md in this folder."""

@@ -1,0 +1,172 @@
+"""The command line, run in this process on a small subset; the whole default job is among the slow tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import tp_mrs
+from tp_mrs import cli
+
+Capture = pytest.CaptureFixture[str]
+QUICK = ["--dense-epochs", "0.05", "--calibration-images", "32", "--test-images", "20", "--attacks", "fgsm", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:  # argparse's own refusals
+        return int(stop.code or 0)
+
+
+def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert run("prune", *QUICK, "--epochs", "0.05", "--out", str(out)) == 0
+    screen = capsys.readouterr().out
+    for word in ("clean", "fgsm", "dense", "pruned", "fine-tuned", "MACs (M)", "model.safetensors"):
+        assert word in screen
+    report = json.loads((out / "report.json").read_text())
+    assert report["rounds"][0]["reached"] == pytest.approx(0.5, rel=0.01)
+    model = tp_mrs.load(out / "model.safetensors")
+    assert model(torch.rand(1, 1, 32, 32)).shape == (1, 10)
+    assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "sensitivity.svg").read_text()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "model.safetensors",
+        "report.json",
+        "sensitivity.png",
+        "sensitivity.svg",
+    ]
+
+
+def test_the_dense_model_is_kept_and_reused(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    assert run("evaluate", *QUICK, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("tp_mrs.dense.finetune", lambda *_, **__: pytest.fail("trained again"))
+    assert run("evaluate", *QUICK, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    del first["latency_ms"], again["latency_ms"]
+    assert first == again
+
+
+def test_a_pruned_model_can_be_evaluated_and_pruned_again(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "a"
+    assert run("prune", *QUICK, "--epochs", "0", "--params", "0.6", "--out", str(out), "--json") == 0
+    pruned = json.loads(capsys.readouterr().out)["after"]
+    checkpoint = str(out / "model.safetensors")
+    assert run("evaluate", *QUICK, "--checkpoint", checkpoint, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["params"] == pruned["params"]
+    assert (
+        run("prune", *QUICK, "--checkpoint", checkpoint, "--epochs", "0", "--out", str(tmp_path / "b"), "--json") == 0
+    )
+    assert json.loads(capsys.readouterr().out)["before"]["params"] == pruned["params"]
+
+
+def test_a_plain_state_dict_as_checkpoint(tmp_path: Path, capsys: Capture) -> None:
+    model = tp_mrs.create_model("resnet18", num_classes=10, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    options = ["--model", "resnet18", "--checkpoint", str(tmp_path / "plain.safetensors"), "--json"]
+    assert run("evaluate", *QUICK, *options, "--model-kwargs", "channels=8,8,8,8") == 0
+    expected = sum(p.numel() for p in model.parameters())
+    assert json.loads(capsys.readouterr().out)["params"] == expected
+    assert run("evaluate", *QUICK, *options, "--model-kwargs", "channels=4,4,4,4") == 2
+    assert "path: conv1.weight" not in (error := capsys.readouterr().err)
+    assert "the architecture's is" in error
+
+
+def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
+    assert run("sensitivity", *QUICK, "--out", str(tmp_path)) == 0
+    assert "Module Robustness Sensitivity on 32 images" in capsys.readouterr().out
+    assert tp_mrs.Sensitivity.load(tmp_path / "sensitivity.json").images == 32
+    assert (tmp_path / "sensitivity.svg").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["sensitivity"], ["evaluate"]])
+def test_help(command: list[str], capsys: Capture) -> None:
+    assert run(*command, "--help") == 0
+    assert "usage: tp-mrs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--macs", "0"], "macs: expected a number in (0, 1], got 0.0"),
+        (["--macs", "1.2"], "macs: expected"),
+        (["--macs", "0.5", "--params", "0.5"], "give exactly one budget"),
+        (["--macs", "half"], "--macs: invalid float value: 'half'"),
+        (["--eps", "-1"], "eps: expected a value in [0, 1]"),
+        (["--eps", "abc"], "eps: expected a number or a fraction such as 8/255, got 'abc'"),
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--model", "resnet81"], "model: timm has no architecture 'resnet81'; did you mean"),
+        (["--model-kwargs", "channels"], "model-kwargs: expected key=value"),
+        (["--data", "mnist"], "data: expected one of digits, cifar10"),
+        (["--data", "cifar10"], "data_dir: cifar10 needs the folder"),
+        (["--data", "cifar10", "--data-dir", "/nowhere"], "data_dir: /nowhere is not a folder"),
+        (["--objective", "pdg"], "objective: expected one of standard, fgsm, pgd, trades"),
+        (["--attack", "pdg"], "attack: no torchattacks attack is called 'pdg'; did you mean 'pgd'"),
+        (["--attacks", "fgsm", "pdg"], "attack: no torchattacks attack is called 'pdg'"),
+        (["--train-attack", "pdg"], "attack: no torchattacks attack is called 'pdg'"),
+        (["--estimator", "sam"], "estimator: expected one of first_order, pga"),
+        (["--base", "l7"], "base: expected one of taylor, magnitude"),
+        (["--optimizer", "sgdd"], "optimizer: expected one of"),
+        (["--checkpoint", "/nowhere.safetensors"], "path: cannot read /nowhere.safetensors as safetensors"),
+        (["--device", "toaster"], "device: cannot use 'toaster' here"),
+        (["--batch-size", "0"], "batch_size: expected an integer >= 1"),
+        (["--test-images", "0"], "test_images: expected an integer >= 1"),
+        (["--rounds", "0"], "rounds: expected an integer >= 1"),
+        (["--lr", "0"], "lr: expected a number in (0, 10]"),
+        (["--epochs", "-1"], "epochs: expected a number >= 0"),
+        (["--out", "/dev/null/x"], "out: cannot write to /dev/null/x"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tp_mrs.dense.finetune", lambda *_, **__: pytest.fail("trained before checking"))
+    assert run("prune", *QUICK, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_diverging_training_exits_with_one(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def diverges(*_: Any, **__: Any) -> None:
+        raise tp_mrs.DivergenceError("the loss became nan")
+
+    monkeypatch.setattr(cli, "evaluate", diverges)
+    assert run("evaluate", *QUICK) == 1
+    assert "the loss became nan" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "tp_mrs", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"tp-mrs {tp_mrs.__version__}"
+
+
+@pytest.mark.slow
+def test_the_default_job_keeps_robustness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    assert run("prune", "--out", str(tmp_path / "run")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rounds"][0]["reached"] <= 0.505
+    assert report["before"]["robust"]["pgd-20"] > 0.7
+    assert report["after"]["robust"]["pgd-20"] >= report["before"]["robust"]["pgd-20"] - 0.03
