@@ -185,7 +185,7 @@ class _Plan:
                 return kept
 
     def _exchanged(self, kept: Kept, target: float) -> Kept:
-        """The plan nearest to `target` among those that move two groups by up to two steps; for coarse networks."""
+        """The plan nearest to `target` among those that move two groups by up to three steps; for coarse networks."""
         near = {group.name: _near(self.choices(group), kept[group.name]) for group in self.groups}
         moves = (
             {**kept, first: one, second: other}
@@ -197,9 +197,9 @@ class _Plan:
 
 
 def _near(choices: Sequence[int], current: int) -> Sequence[int]:
-    """`current` and up to two choices on either side."""
+    """`current` and up to three choices on either side."""
     index = choices.index(current)
-    return choices[max(index - 2, 0) : index + 3]
+    return choices[max(index - 3, 0) : index + 4]
 
 
 def _costs(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], measure: str) -> list[LayerCost]:
