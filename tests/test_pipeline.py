@@ -50,7 +50,7 @@ def test_the_budget_is_met_after_the_last_round(budget: Any, rounds: int, batche
     assert set(report.rounds[0].ratios) == set(report.rounds[0].sensitivity.groups)
     assert json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["budget"] == measure
     assert "fine-tuned" in str(report)
-    assert len(report.plot().axes) == 2
+    assert len(report.plot().axes) == 3
 
 
 def test_without_fine_tuning_or_test_data(batches: Batches) -> None:

@@ -127,8 +127,8 @@ def test_prints_as_a_table(cnn: nn.Module, batches: Batches) -> None:
 
 def test_plots(cnn: nn.Module, batches: Batches) -> None:
     result = measure_sensitivity(cnn, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
-    assert len(result.plot().axes) == 1
-    assert len(result.plot({"0": 0.5, "3": 0.25}).axes) == 2
+    assert len(result.plot().axes) == 2
+    assert len(result.plot({"0": 0.5, "3": 0.25}).axes) == 3
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "tp_mrs.sensitivity/9"}', '{"format": 3}', "{" * 9000])

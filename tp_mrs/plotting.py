@@ -12,37 +12,39 @@ if TYPE_CHECKING:
 
     from .sensitivity import Sensitivity
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
+BLUE, GREEN, ORANGE = "#0072B2", "#009E73", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
 
 
 def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | None = None) -> Figure:
-    """Bars of each group's sensitivity, in the order of the network, and beside them the ratio each was pruned by."""
+    """Bars of each group's worst-case and typical sensitivity, in the order of the network, and its pruning ratio."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("plot: needs matplotlib; install tp_mrs[plot]") from error
     order = {name: index for index, name in enumerate(sensitivity.modules)}
     names = sorted(sensitivity.groups, key=lambda name: order.get(name, len(order)))
+    panels = [
+        ("worst case: MRS (nats)", BLUE, [sensitivity.groups[name] for name in names]),
+        ("typical: T (nats)", GREEN, [sensitivity.typical[name] for name in names]),
+    ]
+    if ratios is not None:
+        panels.append(("channels removed (%)", ORANGE, [100 * ratios.get(name, 0.0) for name in names]))
+    figure = Figure(figsize=(2.5 + 3 * len(panels), 1.6 + 0.26 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
     rows = range(len(names))
-    figure = Figure(figsize=(9 if ratios else 6, 1.6 + 0.26 * len(names)), layout="constrained")
-    axes = figure.subplots(1, 2 if ratios else 1, sharey=True, squeeze=False)[0]
-    left = axes[0]
-    left.barh(rows, [sensitivity.groups[name] for name in names], color=BLUE)
-    left.set_yticks(rows, names)
-    left.invert_yaxis()
-    left.set_xlabel("sensitivity MRS (nats of robust cross-entropy)")
-    left.set_ylabel("coupled group, by its root layer")
-    if ratios:
-        right = axes[1]
-        right.barh(rows, [100 * ratios.get(name, 0.0) for name in names], color=ORANGE)
-        right.set_xlim(0, 100)
-        right.set_xlabel("channels removed (%)")
-    for axis in axes:
+    for axis, (label, colour, values) in zip(axes, panels, strict=True):
+        axis.barh(rows, values, color=colour)
+        axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
+    axes[0].set_yticks(rows, names)
+    axes[0].invert_yaxis()
+    axes[0].set_ylabel("coupled group, by its root layer")
+    if ratios is not None:
+        axes[-1].set_xlim(0, 100)
     figure.suptitle(
-        f"Module Robustness Sensitivity, {sensitivity.images} images, "
+        f"Module Robustness Sensitivity: robust cross-entropy lost, {sensitivity.images} images, "
         f"ε = {sensitivity.settings.get('epsilon', '?')} ({sensitivity.settings.get('estimator', '?')})",
         fontsize="medium",
     )

@@ -55,17 +55,17 @@ class Sensitivity:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __str__(self) -> str:
-        ranked = sorted(self.groups.items(), key=lambda item: -item[1])
         width = max([len(name) for name in self.groups] + [len("group")])
-        top = max(self.groups.values(), default=0.0) or 1.0
+        top = max(self.typical.values(), default=0.0) or 1.0
         lines = [
             f"Module Robustness Sensitivity on {self.images} images: "
             f"robust accuracy {self.robust_accuracy:.1%}, robust loss {self.robust_loss:.3f}",
-            f"{'group':<{width}}  {'MRS':>9}  layers",
+            f"{'group':<{width}}  layers  {'MRS':>9}  {'typical':>9}",
         ]
-        for name, score in ranked:
-            bar = "█" * round(20 * score / top)
-            lines.append(f"{name:<{width}}  {score:>9.4f}  {len(self.members[name]):>6}  {bar}".rstrip())
+        for name in sorted(self.groups, key=lambda name: -self.typical[name]):
+            bar = "█" * round(20 * self.typical[name] / top)
+            numbers = f"{len(self.members[name]):>6}  {self.groups[name]:>9.4f}  {self.typical[name]:>9.6f}"
+            lines.append(f"{name:<{width}}  {numbers}  {bar}".rstrip())
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> Path:
@@ -84,7 +84,7 @@ class Sensitivity:
             raise InputError(f"path: {path} lacks parts of a sensitivity ({error})") from error
 
     def plot(self, ratios: Mapping[str, float] | None = None) -> Figure:
-        """A matplotlib figure of the groups' sensitivities, and of the pruning ratio each got if `ratios` are given."""
+        """A matplotlib figure of the groups' sensitivities, and of the pruning ratios if they are given."""
         from .plotting import plot_sensitivity
 
         return plot_sensitivity(self, ratios)

@@ -1,0 +1,35 @@
+"""Put generated text into the README files, and say where results come from."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tp_mrs._version import versions
+from tp_mrs.errors import InputError
+from tp_mrs.files import write_bytes
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and device, for every result."""
+    return {
+        "versions": {**versions(), "python": platform.python_version()},
+        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+    }
+
+
+def fill(name: str, text: str, *paths: Path) -> None:
+    """Replace what stands between `<!-- begin NAME … -->` and `<!-- end NAME -->` in each file."""
+    for path in paths or (FOLDER / "README.md",):
+        before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- begin {name}")
+        opening, close, rest = rest.partition("-->")
+        _, end, after = rest.partition(f"<!-- end {name} -->")
+        if not (begin and close and end):
+            raise InputError(f"path: {path} has no <!-- begin {name} --> … <!-- end {name} -->")
+        write_bytes(path, f"{before}{begin}{opening}{close}\n\n{text}\n\n{end}{after}".encode())
