@@ -10,7 +10,7 @@ import torchattacks
 from torch import nn
 
 from tests.conftest import Batches, small_cnn, unchanged
-from tp_mrs import InputError, evaluate
+from tp_mrs import DivergenceError, InputError, evaluate
 from tp_mrs.evaluation import measure_latency
 
 
@@ -85,6 +85,13 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, batches: Batches
     model = small_cnn()
     with unchanged(model), pytest.raises(InputError, match=message):
         evaluate(model, batches, **arguments)
+
+
+def test_a_model_that_returns_nan(batches: Batches) -> None:
+    model: Any = small_cnn()
+    torch.nn.init.constant_(model[7].weight, float("nan"))
+    with pytest.raises(DivergenceError, match="the model returned NaN"):
+        evaluate(model, batches, [])
 
 
 def test_no_data(cnn: nn.Module) -> None:

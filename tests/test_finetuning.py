@@ -156,6 +156,8 @@ def test_frozen_norms_keep_their_statistics(batches: Batches) -> None:
         ({"clip_norm": 0}, "clip_norm"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
         ({"attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
+        ({"train_data": [{"image": 1, "label": 2}]}, "data: expected batches of"),
+        ({"train_data": [(torch.rand(2, 3, 32, 32).numpy(), torch.tensor([0, 1]))]}, "images: expected a floating"),
         ({"train_data": []}, r"len\(train_data\)"),
         ({"train_data": iter([])}, "train_data: expected a DataLoader or a list"),
         ({"train_data": [(torch.rand(2, 3, 32, 32), torch.tensor([0, 9]))]}, "labels: expected classes 0 to 3"),
@@ -173,6 +175,15 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, b
     statistics = isinstance(arguments.get("objective"), str) or "objective" not in arguments
     with unchanged(model, weights=statistics), pytest.raises(InputError, match=message):
         finetune(model, data, **arguments)
+
+
+def test_a_frozen_model(batches: Batches) -> None:
+    with pytest.raises(InputError, match="model: none of its parameters requires a gradient"):
+        finetune(small_cnn().requires_grad_(False), batches)
+
+
+def test_int32_labels(batches: Batches) -> None:
+    assert finetune(small_cnn(), [(images, labels.int()) for images, labels in batches]).images == 12
 
 
 def test_a_loss_that_is_not_finite_stops_training(batches: Batches) -> None:

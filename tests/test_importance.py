@@ -192,6 +192,6 @@ def test_data_must_be_readable_again(cnn: nn.Module, batches: Batches) -> None:
 
 
 def test_a_pruner_on_another_model(cnn: nn.Module, batches: Batches) -> None:
-    importance = MRSImportance(small_cnn(), batches, torchattacks.FGSM, base="magnitude")
+    importance = MRSImportance(small_cnn(), batches, torchattacks.FGSM)
     with pytest.raises(InputError, match="model: the pruner prunes another model"):
         prune(cnn, importance)

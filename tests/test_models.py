@@ -55,6 +55,14 @@ def test_a_normalised_model_prunes_as_the_plain_one(name: str, side: int) -> Non
     assert [(n, p.shape) for n, p in plain.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
 
 
+@pytest.mark.parametrize(
+    ("mean", "message"), [([0.5] * 2, "the model takes 3 channels, got 2"), ([123.0] * 3, "mean: .* divide by 255")]
+)
+def test_statistics_that_do_not_fit(mean: list[float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        normalize(small_cnn(), mean, [0.5] * len(mean))
+
+
 def test_normalisation_moves_with_the_model() -> None:
     model = normalize(small_cnn(), [0.2] * 3, [0.3] * 3).to(torch.float64)
     assert model(torch.rand(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64

@@ -84,6 +84,45 @@ def test_a_model_that_timm_did_not_make(tmp_path: Path) -> None:
     assert torch.equal(load(path, factory=small_cnn)(images), model(images))
 
 
+@pytest.mark.parametrize("case", ["activation", "pooling", "stem", "channels", "dilation"])
+def test_what_timm_would_not_make_again_needs_a_factory(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make() -> nn.Module:
+        if case == "activation":
+            return create_model("resnet18", num_classes=3, act_layer=nn.SiLU)
+        if case == "stem":
+            model: Any = timm.create_model("resnet18", num_classes=3)
+            model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+            return model
+        arguments: dict[str, dict[str, Any]] = {
+            "pooling": {"global_pool": "max"},
+            "channels": {"channels": (8, 8, 8, 8)},
+            "dilation": {"output_stride": 8},
+        }
+        made: nn.Module = timm.create_model("resnet18", num_classes=3, **arguments[case])
+        return made
+
+    model = make().eval()
+    path = save(model, tmp_path / "m.safetensors")
+    assert "load() will need factory=" in caplog.text
+    with pytest.raises(InputError, match="factory: "):
+        load(path)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(load(path, factory=make)(images), model(images))
+
+
+def test_arguments_of_create_model_are_remembered(tmp_path: Path) -> None:
+    model = create_model("resnet18", num_classes=3, global_pool="max", act_layer="silu", output_stride=8).eval()
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(load(save(model, tmp_path / "m.safetensors"))(images), model(images))
+
+
+def test_an_unknown_device(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device: cannot use 'foo' here"):
+        load(save(small_cnn(), tmp_path / "m.safetensors"), factory=small_cnn, device="foo")
+
+
 def metadata(**changes: Any) -> dict[str, str]:
     content = {"format": "tp_mrs.model/1", "recipe": {"architecture": "resnet18", "num_classes": 3}, "heads": {}}
     return {"tp_mrs": json.dumps(content | changes)}
@@ -110,7 +149,7 @@ def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("shape", [(64, 3, 7), (65, 3, 7, 7), (0, 3, 7, 7)])
+@pytest.mark.parametrize("shape", [(64, 3, 7), (65, 3, 7, 7), (0, 3, 7, 7), (64, 3, 3, 3)])
 def test_shapes_the_architecture_cannot_have(shape: tuple[int, ...], tmp_path: Path) -> None:
     tensors = timm.create_model("resnet18", num_classes=3).state_dict() | {"conv1.weight": torch.zeros(shape)}
     path = tmp_path / "m.safetensors"

@@ -40,7 +40,7 @@ def checked_batches(
     total = max_batches if max_batches is not None else len(data) if isinstance(data, Sized) else None
     with tqdm(total=total, desc=description, unit="batch", disable=None if progress else True, leave=False) as bar:
         for images, labels in islice(pairs(data), max_batches):
-            check_batch(images, labels)
+            images, labels = check_batch(images, labels)
             images, labels = images.to(device), labels.to(device)
             if classes is None:
                 classes = num_outputs(model, images)

@@ -21,7 +21,7 @@ from .allocation import single_budget
 from .attacks import named_attack, parse_eps
 from .data import LOADERS, ImageData, load_data, make_loader, random_subset
 from .dense import dense_model
-from .errors import DivergenceError, InputError, check_choice, check_count
+from .errors import DivergenceError, InputError, check_choice, check_count, check_device
 from .evaluation import Evaluation, evaluate
 from .files import check_output_folder, write_bytes
 from .finetuning import check_options as check_training_options
@@ -287,11 +287,7 @@ class _Job:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: cannot use {name!r} here ({error}); try --device cpu") from error
+    return check_device(name)
 
 
 # --- what people see ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 
 import torch
@@ -35,8 +36,20 @@ def check_count(name: str, value: int, *, low: int = 1) -> None:
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise `InputError` unless `value` is one of `choices`."""
     options = [str(choice) for choice in choices]  # type: ignore[attr-defined]
-    if value not in options:
-        raise InputError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+    if value in options:
+        return
+    shown = options if len(options) <= 12 else difflib.get_close_matches(str(value), options, n=5) or options[:5]
+    more = "" if len(shown) == len(options) else f", … ({len(options)} in all)"
+    raise InputError(f"{name}: expected one of {', '.join(shown)}{more}, got {value!r}")
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """Raise `InputError` unless tensors can be put on that device here."""
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: cannot use {str(name)!r} here ({str(error).splitlines()[0]}); try 'cpu'") from error
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -71,7 +84,7 @@ def check_example_inputs(model: nn.Module, example_inputs: Tensor) -> None:
 
 
 def check_batch(images: object, labels: object, *, num_classes: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return `(images, labels)` if they are float images in [0, 1] and integer class labels.
+    """Return `(images, labels)`, the latter as int64, if they are float images in [0, 1] and integer class labels.
 
     Args:
         images: (N, C, H, W), floating point, finite, in [0, 1].
@@ -110,6 +123,7 @@ def _check_images(images: object) -> Tensor:
 def _check_labels(labels: object, num_classes: int | None) -> Tensor:
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         raise InputError(f"labels: expected an integer tensor of shape (N,), got {_describe(labels)}")
+    labels = labels.long()
     if labels.numel() == 0:
         return labels
     low, high = (int(value) for value in torch.aminmax(labels))

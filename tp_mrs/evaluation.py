@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from .attacks import AttackLike, Perturb, bind, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
 from .borrowing import borrowed
-from .errors import InputError, device_of
+from .errors import DivergenceError, InputError, device_of
 from .pruning import count
 
 
@@ -77,6 +77,7 @@ def evaluate(
 
     Raises:
         InputError: an argument or a batch is unusable.
+        DivergenceError: the model or an attack returns NaN or infinity.
     """
     eps = parse_eps(eps)
     _check_attacks(attacks, model, eps)
@@ -90,7 +91,10 @@ def evaluate(
                 example = images[:1]
                 perturbs = {"clean": _identity, **_bound(attacks, model, eps, num_outputs(model, example))}
             for name, perturb in perturbs.items():
-                hits = _logits(model, perturb(images, labels)).argmax(dim=1) == labels
+                logits = _logits(model, perturb(images, labels))
+                if not bool(torch.isfinite(logits).all()):
+                    raise DivergenceError(f"the model returned NaN or infinity ({name}); are its weights finite?")
+                hits = logits.argmax(dim=1) == labels
                 correct[name] = correct.get(name, 0) + int(hits.sum())
             images_seen += len(labels)
         assert example is not None  # noqa: S101 (checked_batches raises where there is no batch)

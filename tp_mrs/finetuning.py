@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
-from .batches import num_outputs
+from .batches import num_outputs, pairs
 from .borrowing import lent, preserved_flags, preserved_rng
 from .errors import (
     DivergenceError,
@@ -128,6 +128,7 @@ def finetune(
         "seed": seed,
     }
     batches = _check_length(train_data)
+    _check_trainable(model)
     check_options(**settings)
     device, recipe, factory = device_of(model), *_resolve(objective, attack, eps)
     perturb = bind(factory, model)
@@ -150,6 +151,7 @@ def finetune(
             for step, (images, labels) in enumerate(_repeat(update.shard(train_data), steps)):
                 epoch = step // batches + 1
                 scheduler.step_update(step)
+                images, labels = check_batch(images, labels)
                 loss = update(images.to(device), labels.to(device))
                 if not math.isfinite(loss):
                     raise DivergenceError(
@@ -172,6 +174,7 @@ def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any)
     call.apply_defaults()
     given = call.arguments
     _check_length(train_data)
+    _check_trainable(model)
     check_options(**{name: given[name] for name in inspect.signature(check_options).parameters})
     _, factory = _resolve(given["objective"], given["attack"], given["eps"])
     bind(factory, model)
@@ -203,7 +206,6 @@ class _Update:
         return self.accelerator.prepare_data_loader(data)
 
     def __call__(self, images: Tensor, labels: Tensor) -> float:
-        check_batch(images, labels)
         if self.num_classes is None:
             self.num_classes = _num_classes(self.accelerator.unwrap_model(self.model), images)
         check_batch(images, labels, num_classes=self.num_classes)
@@ -248,6 +250,12 @@ def check_options(
     check_choice("precision", precision, ("fp32", "bf16"))
     check_choice("optimizer", optimizer, list_optimizers())
     check_count("seed", seed, low=0)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    device_of(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model: none of its parameters requires a gradient; call model.requires_grad_(True)")
 
 
 def _check_length(train_data: Iterable[Any]) -> int:
@@ -340,7 +348,7 @@ def _repeat(data: Iterable[Any], steps: int) -> Iterator[Any]:
     done = 0
     while done < steps:
         before = done
-        for batch in data:
+        for batch in pairs(data):
             yield batch
             done += 1
             if done == steps:

@@ -112,11 +112,12 @@ class MRSImportance(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor | None:
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
         measurement = self.measurement()
+        weight = self._weight(group, measurement)
         with _lent_gradients(self.model, measurement.gradients):
             scores = self.base(_sorted_copy(group))
         if scores is None or self.alpha == 0:
             return scores
-        scores = scores * self._weight(group, measurement)
+        scores = scores * weight
         best = scores.topk(max(1, math.ceil(self.min_keep * len(scores)))).indices
         scores[best] *= _OUT_OF_REACH
         return scores

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,13 +61,9 @@ def create_model(
         raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {error}") from error
     if image_size <= SMALL_IMAGE:
         _fit_small_images(model, in_chans)
-    model.tp_mrs_recipe = {
-        "architecture": architecture,
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "image_size": image_size,
-        **arguments,
-    }
+    with contextlib.suppress(TypeError):  # an argument such as a class cannot be written down
+        recipe = {"architecture": architecture, "num_classes": num_classes, "in_chans": in_chans}
+        model.tp_mrs_recipe = json.loads(json.dumps({**recipe, "image_size": image_size, **arguments}))
     return model
 
 
@@ -97,7 +95,7 @@ def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
         std: likewise, above 0.
 
     Raises:
-        InputError: lengths differ, or a std is not positive.
+        InputError: lengths differ or don't fit the model, a std is not positive, or a mean is outside [0, 1].
 
     >>> model = normalize(nn.Sequential(nn.Flatten()), [0.5], [0.25])
     >>> model(torch.full((1, 1, 1, 2), 0.75))
@@ -105,6 +103,11 @@ def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
     """
     if len(mean) != len(std) or len(mean) == 0 or min(std) <= 0:
         raise InputError(f"mean, std: expected one of each per channel with std > 0, got mean={mean}, std={std}")
+    if min(mean) < 0 or max(mean) > 1:
+        raise InputError(f"mean: expected values in [0, 1], the range of the images, got {mean}; divide by 255?")
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and len(mean) not in (1, first.in_channels):
+        raise InputError(f"mean, std: the model takes {first.in_channels} channels, got {len(mean)} values")
     first_time = normalization(model) is None
     reference = next(model.parameters(), torch.empty(0))
     for name, values in ((_MEAN, mean), (_STD, std)):

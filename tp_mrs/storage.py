@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ._version import versions
-from .errors import InputError
+from .borrowing import preserved_rng
+from .errors import InputError, check_device
 from .files import write_bytes
 from .models import create_model, normalization, normalize
 from .pruning import refresh
 
+logger = logging.getLogger(__name__)
 FORMAT = "tp_mrs.model/1"
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write `model`, pruned or not, as one safetensors file.
 
-    The metadata says how timm makes the architecture, the normalisation, and the numbers of attention heads. For a
-    model that timm did not make, only the weights and the normalisation are kept: load it with a factory.
+    The metadata says how timm makes the architecture, the normalisation, and the numbers of attention heads. Make
+    models with `tp_mrs.create_model`, which remembers its arguments: timm itself does not. Where the architecture
+    cannot be made again from what is known, a warning says so, and `load` needs a factory.
 
     Args:
         model: any module; stays as it is.
@@ -66,6 +70,7 @@ def load(
     Raises:
         InputError: no such file, not one of ours, or it doesn't fit the architecture.
     """
+    device = check_device(device)
     metadata, tensors = read(path)
     if metadata is None:
         raise InputError(f"path: {path} has no tp_mrs metadata; write it with tp_mrs.save(model, path)")
@@ -123,14 +128,15 @@ def fit_shapes(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) 
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
         raise InputError(
-            f"path: {source} doesn't fit the architecture; missing {missing[:3]}, unexpected {extra[:3]} "
+            f"path: {source} doesn't fit the architecture (made with other arguments?); "
+            f"missing {missing[:3]}, unexpected {extra[:3]} "
             f"({len(missing)} and {len(extra)} in all)"
         )
     for name, tensor in tensors.items():
         full = expected[name].shape
-        fits = tensor.dim() == len(full) and all(
-            0 < size <= most for size, most in zip(tensor.shape, full, strict=True)
-        )
+        channels = list(zip(tensor.shape[:2], full[:2], strict=False))
+        fits = tensor.shape[2:] == full[2:] and all(0 < size <= most for size, most in channels)
+        fits = fits and tensor.dim() == len(full)
         if not fits:
             raise InputError(
                 f"path: {name} in {source} has shape {tuple(tensor.shape)}, the architecture's is {tuple(full)}"
@@ -176,12 +182,33 @@ def _follow_shapes(module: nn.Module) -> None:
 
 def _recipe(model: nn.Module) -> dict[str, Any] | None:
     """How `create_model` makes this architecture; None if timm did not make it."""
-    known = getattr(model, "tp_mrs_recipe", None)
-    if isinstance(known, dict):
-        return known
-    config = getattr(model, "pretrained_cfg", None)
-    architecture = config.get("architecture") if isinstance(config, dict) else None
-    if architecture is None:
-        return None
-    in_chans = getattr(model, "in_chans", 3)
-    return {"architecture": architecture, "num_classes": model.num_classes, "in_chans": in_chans}
+    recipe = getattr(model, "tp_mrs_recipe", None)
+    if not isinstance(recipe, dict):
+        config = getattr(model, "pretrained_cfg", None)
+        architecture = config.get("architecture") if isinstance(config, dict) else None
+        if architecture is None:
+            return None
+        in_chans = getattr(model, "in_chans", 3)
+        recipe = {"architecture": architecture, "num_classes": model.num_classes, "in_chans": in_chans}
+    with preserved_rng(model):
+        again = create_model(**recipe)
+    if _structure(again) == _structure(model):
+        return recipe
+    logger.warning(
+        "create_model(**%s) does not make this architecture again, so load() will need factory=; "
+        "make the model with tp_mrs.create_model(...) and all its arguments",
+        recipe,
+    )
+    return None
+
+
+def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """Names, classes and settings of all modules, apart from the sizes that pruning changes."""
+
+    def is_setting(name: str, value: object) -> bool:
+        return isinstance(value, (str, bool, float, tuple)) and name not in ("training", "normalized_shape")
+
+    return [
+        (name, type(module).__name__, {key: value for key, value in vars(module).items() if is_setting(key, value)})
+        for name, module in model.named_modules()
+    ]
