@@ -100,9 +100,11 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     gradients = [parameter.grad for parameter in model.parameters()]
     values = [None if gradient is None else gradient.clone() for gradient in gradients]
+    attributes = [set(vars(module)) for module in model.modules()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
     rng = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     yield
+    assert [set(vars(module)) for module in model.modules()] == attributes
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     for parameter, gradient, value in zip(model.parameters(), gradients, values, strict=True):

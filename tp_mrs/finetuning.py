@@ -140,7 +140,12 @@ def finetune(
         "device": str(device),
     }
     history: list[Epoch] = []
-    with preserved_flags(model), preserved_rng(model, seed), torch.enable_grad(), _layout(model, channels_last):
+    with (
+        preserved_flags(model),
+        preserved_rng(model, seed),
+        torch.enable_grad(),
+        _prepared(model, channels_last),
+    ):
         _training_mode(model)
         optimiser = _optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
         update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, bf16=precision == "bf16")
@@ -300,8 +305,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps:
 
 
 @contextmanager
-def _layout(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Weights in channels_last inside, if asked for and safe, and contiguous again outside.
+def _prepared(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """Weights in channels_last inside, if asked for and safe, and contiguous again outside; no mark of accelerate's.
 
     On x86 CPUs oneDNN writes past its workspace in the backward pass of strided 1×1 convolutions in this layout if they
     have fewer input channels than its block of 16 (uxlfoundation/oneDNN issue 6035). Pruned shortcuts often do.
@@ -319,11 +324,14 @@ def _layout(model: nn.Module, channels_last: bool) -> Iterator[None]:
         channels_last = False
     if channels_last:
         model.to(memory_format=torch.channels_last)
+    attributes = set(vars(model))
     try:
         yield
     finally:
         if channels_last:
             model.to(memory_format=torch.contiguous_format)
+        for name in set(vars(model)) - attributes:  # accelerate notes on the model that it has prepared it
+            delattr(model, name)
 
 
 def _num_classes(model: nn.Module, images: Tensor) -> int:
