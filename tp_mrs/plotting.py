@@ -35,6 +35,7 @@ def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | Non
     for axis, (label, colour, values) in zip(axes, panels, strict=True):
         axis.barh(rows, values, color=colour)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=4)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
