@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -66,22 +67,35 @@ PRESETS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if training diverged, 2 for unusable input."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("tp_mrs").setLevel(logging.ERROR if arguments.quiet else logging.INFO)
-    warnings.filterwarnings("ignore", module="torch_pruning")
-    try:
-        _fill_in(arguments)
-        arguments.run(arguments)
-    except InputError as error:
-        print(f"tp-mrs: {error}", file=sys.stderr)
-        return 2
-    except DivergenceError as error:
-        print(f"tp-mrs: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tp-mrs: stopped", file=sys.stderr)
-        return 130
+    with _screen(quiet=arguments.quiet):
+        try:
+            _fill_in(arguments)
+            arguments.run(arguments)
+        except InputError as error:
+            print(f"tp-mrs: {error}", file=sys.stderr)
+            return 2
+        except DivergenceError as error:
+            print(f"tp-mrs: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("tp-mrs: stopped", file=sys.stderr)
+            return 130
     return 0
+
+
+@contextmanager
+def _screen(*, quiet: bool) -> Iterator[None]:
+    """Our messages on the screen, Torch-Pruning's warnings not; all as before afterwards."""
+    logger = logging.getLogger("tp_mrs")
+    level = logger.level
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch_pruning")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:
