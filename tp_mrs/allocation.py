@@ -7,13 +7,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from .borrowing import borrowed
 from .errors import InputError, check_count, check_example_inputs, check_number
-from .importance import geometric_mean
+from .importance import geometric_mean, relative_weight
 from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio
 from .sensitivity import Sensitivity
 
@@ -73,7 +74,8 @@ def allocate(
             "sensitivity: it was measured on a model with other groups; measure it on the model you allocate for"
         )
     plan = _Plan(groups, _costs(model, example_inputs, groups, measure), sensitivity.typical, alpha, min_keep, round_to)
-    kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure))
+    dense = amount(model, example_inputs, measure)
+    kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
     modules = dict(model.named_modules())
     return {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
 
@@ -138,6 +140,12 @@ class _Plan:
     min_keep: float
     round_to: int | None
 
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """`(T_g / geometric mean)^α` of each group."""
+        mean = geometric_mean(self.scores.values())
+        return {name: relative_weight(score, mean, self.alpha) for name, score in self.scores.items()}
+
     def choices(self, group: Group) -> list[int]:
         """Numbers of units that the group may keep, ascending."""
         step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, group.repeats)
@@ -147,9 +155,7 @@ class _Plan:
 
     def wanted(self, scale: float) -> dict[str, float]:
         """Units that each group would keep at κ = `scale` if they could be split."""
-        mean = geometric_mean(self.scores.values())
-        weights = {name: max(score / mean, 1e-9) ** self.alpha for name, score in self.scores.items()}
-        return {group.name: min(scale * weights[group.name], 1.0) * group.units for group in self.groups}
+        return {group.name: min(scale * self.weights[group.name], 1.0) * group.units for group in self.groups}
 
     def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
         kept = {}
@@ -283,13 +289,13 @@ def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], fl
     )
 
 
-def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> float:
-    """The fraction that a pruned copy of the model really has."""
+def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:
+    """How much a pruned copy of the model really has."""
     pruned = copy.deepcopy(model)
     modules = dict(pruned.named_modules())
     ratios = {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
     prune_by_ratio(pruned, example_inputs, ratios)
-    return amount(pruned, example_inputs, measure) / amount(model, example_inputs, measure)
+    return amount(pruned, example_inputs, measure)
 
 
 def _ratio(kept: int, units: int) -> float:

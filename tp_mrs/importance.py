@@ -123,13 +123,18 @@ class MRSImportance(tp.importance.Importance):
         return scores
 
     def _weight(self, group: Any, measurement: Measurement) -> float:
-        """`(T_g / T)^α`; a layer that never matters counts a billionth of the mean, to stay positive."""
+        """`(T_g / T)^α` for the layers of this group."""
         names = {module: name for name, module in self.model.named_modules()}
         layers = layers_of(group)
         if any(layer not in names for layer in layers):
             raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
         mean = geometric_mean(measurement.typical([name]) for name in measurement.modules)
-        return max(measurement.typical(names[layer] for layer in layers) / mean, 1e-9) ** self.alpha
+        return relative_weight(measurement.typical(names[layer] for layer in layers), mean, self.alpha)
+
+
+def relative_weight(score: float, mean: float, alpha: float) -> float:
+    """`(score / mean)^α`; what never matters counts a billionth of the mean, to stay positive."""
+    return max(score / mean, 1e-9) ** alpha
 
 
 def geometric_mean(values: Iterable[float]) -> float:
