@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,13 @@ def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     random state of Python, NumPy and torch. Inside, every `.grad` is None, gradients are enabled, and the random
     generators start from `seed` if one is given. Weights are not copied: who changes them puts them back.
     """
-    with preserved_flags(model), preserved_buffers(model), preserved_rng(model, seed), torch.enable_grad():
+    with (
+        preserved_flags(model),
+        preserved_buffers(model),
+        preserved_caches(model),
+        preserved_rng(model, seed),
+        torch.enable_grad(),
+    ):
         model.eval()
         yield
 
@@ -52,6 +59,23 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+@contextmanager
+def preserved_caches(model: nn.Module) -> Iterator[None]:
+    """Keep what timm's attention remembers of its biases between forward passes in eval mode.
+
+    It would outlast a change of the weights, and carry autograd's graph, which can't be copied.
+    """
+    modules: Iterator[Any] = model.modules()
+    caches = [(module, module.attention_bias_cache) for module in modules if hasattr(module, "attention_bias_cache")]
+    for module, _ in caches:
+        module.attention_bias_cache = {}
+    try:
+        yield
+    finally:
+        for module, cache in caches:
+            module.attention_bias_cache = cache
 
 
 @contextmanager

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .architectures import LAYERS, NumHeads, fixed_layers, module_pruners, refresh
 from .borrowing import borrowed
 from .errors import InputError, check_example_inputs
-
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-"""The layers that carry a sensitivity, and whose channels are pruned."""
+from .tracing import node_pruners, trace
 
 
 def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
@@ -29,26 +30,15 @@ def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
     Raises:
         InputError: the model has no layer that could be pruned.
     """
+    channel_groups: dict[nn.Module, int] = {}
     return {
-        "ignored_layers": _classifier(model),
-        "num_heads": {module.qkv: module.num_heads for module in _attention(model)},
+        "ignored_layers": [*_classifier(model), *fixed_layers(model)],
+        "num_heads": NumHeads(model),
         "in_channel_groups": {},
-        "out_channel_groups": {},
+        "out_channel_groups": channel_groups,
+        "customized_pruners": {**node_pruners(), **module_pruners(model)},
+        "forward_fn": partial(trace, channel_groups=channel_groups),
     }
-
-
-def refresh(model: nn.Module) -> nn.Module:
-    """Bring the sizes that timm's attention layers keep as numbers in line with their pruned weights.
-
-    Call it after each `pruner.step()`. Sets `head_dim` and `attn_dim`; `scale` stays, as it belongs to the function
-    the network has learned. Other models are left as they are. Returns the model.
-    """
-    for module in _attention(model):
-        width = module.qkv.out_features // 3
-        module.head_dim = width // module.num_heads
-        if hasattr(module, "attn_dim"):
-            module.attn_dim = width
-    return model
 
 
 def _classifier(model: nn.Module) -> list[nn.Module]:
@@ -62,14 +52,6 @@ def _classifier(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise InputError("model: it has no convolutional or linear layer, so there is nothing to prune")
     return [layers[-1]]
-
-
-def _attention(model: nn.Module) -> Iterator[Any]:
-    """Timm's attention blocks with one projection to queries, keys and values."""
-    modules: Iterator[Any] = model.modules()
-    for module in modules:
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
-            yield module
 
 
 @dataclass(frozen=True)
@@ -116,6 +98,55 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
                 f"example_inputs: the model cannot run on {tuple(example_inputs.shape)}: {error}"
             ) from error
         return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
+
+
+PRUNING_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, KeyError)
+"""What tracing, pruning and running a model raise where its dependency graph is wrong."""
+
+
+@dataclass(frozen=True)
+class RootedGroup:
+    """A coupled group rooted as pruners root it, which for attention is at the layer behind it.
+
+    Unit u stands for the root's channels u, u + units, … (`repeats` of them).
+    """
+
+    raw: Any
+    root: nn.Module
+    units: int
+    repeats: int
+
+    def alike(self) -> list[list[int]]:
+        """The units, in classes that touch the same members in as many places; a concatenation has several."""
+        touched: list[Counter[int]] = [Counter() for _ in range(self.units)]
+        for position, item in enumerate(self.raw):
+            for root_index in item.root_idxs:
+                touched[root_index % self.units][position] += 1
+        classes: dict[frozenset[tuple[int, int]], list[int]] = {}
+        for unit, counter in enumerate(touched):
+            classes.setdefault(frozenset(counter.items()), []).append(unit)
+        return list(classes.values())
+
+    def of(self, pruner: Any, units: Iterable[int]) -> Any:
+        """Torch-Pruning's group of these units alone."""
+        indices = [unit + repeat * self.units for repeat in range(self.repeats) for unit in units]
+        return pruner.DG.get_pruning_group(self.raw[0].dep.target.module, self.raw[0].dep.handler, indices)
+
+
+def rooted_groups(pruner: Any) -> Iterator[RootedGroup]:
+    """The groups that `pruner` ranks, one after the other."""
+    for raw in pruner.DG.get_all_groups(
+        ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
+    ):
+        if not pruner._check_pruning_ratio(raw):
+            continue
+        root = raw[0].dep.target.module
+        if pruner._is_atten_group(raw)[0]:
+            raw = pruner._downstream_node_as_root_if_attention(raw)
+            if raw is None:
+                continue
+        repeats = pruner._get_channel_groups(raw)
+        yield RootedGroup(raw, root, len(raw[0].idxs) // repeats, repeats)
 
 
 def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:

@@ -1,0 +1,129 @@
+"""What Torch-Pruning must be told about timm's modules, and what they must be told after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch_pruning as tp
+from timm.layers.attention import Attention
+from timm.models.metaformer import Scale
+from torch import nn
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""The layers that carry a sensitivity, and whose channels are pruned."""
+
+
+def prunable_attention(model: nn.Module) -> Iterator[Any]:
+    """Attention whose heads Torch-Pruning can narrow: one projection to queries, keys and values, mixed plainly."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if isinstance(module, Attention) and _plain(module):
+            yield module
+
+
+def _plain(module: Any) -> bool:
+    parts = (module.q_norm, module.k_norm, module.norm)
+    return all(isinstance(part, nn.Identity) for part in parts) and getattr(module, "gate", None) is None
+
+
+FLEXIBLE = ("AttentionRope", "EvaAttention", "MultiScaleAttention", "RelPosAttention")
+"""Attention of timm's whose code asks nothing of the width of its input."""
+
+
+class NumHeads(dict[nn.Module, int]):
+    """Projection → number of heads. When a pruner takes some away, it leaves word of it for `refresh`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__({module.qkv: module.num_heads for module in prunable_attention(model)})
+
+    def __setitem__(self, projection: Any, heads: int) -> None:
+        super().__setitem__(projection, heads)
+        projection.tp_mrs_num_heads = heads
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Bring the sizes that timm's modules keep as numbers in line with their pruned weights.
+
+    Call it after each `pruner.step()`. Attention gets its number and width of heads. Its `scale` becomes the one of
+    the new width, as fused attention computes it, and the queries make up for that, so that the function stays. Other
+    modules are left as they are. Calling again changes nothing. Returns the model.
+    """
+    for module in prunable_attention(model):
+        _refresh_attention(module)
+    for module in model.modules():
+        if isinstance(module, Scale):
+            module.shape = (len(module.scale), *module.shape[1:])
+    return model
+
+
+def _refresh_attention(module: Any) -> None:
+    heads = vars(module.qkv).pop("tp_mrs_num_heads", module.num_heads)
+    width = module.qkv.out_features // 3
+    if width != module.attn_dim:
+        module.num_heads, module.attn_dim, module.head_dim = heads, width, width // heads
+    scale = module.head_dim**-0.5
+    if module.scale != scale:
+        for tensor in (module.qkv.weight, module.qkv.bias):
+            if tensor is not None:
+                tensor.data[:width] *= module.scale / scale
+        module.scale = scale
+
+
+def rigid_attention(model: nn.Module) -> Iterator[nn.Module]:
+    """Attention that takes sizes inside from the width of its input, or may: both must stay as they are."""
+    plain = set(prunable_attention(model))
+    for module in model.modules():
+        sizes = (getattr(module, "num_heads", None), getattr(module, "head_dim", None))
+        layered = any(isinstance(child, LAYERS) for child in module.children())
+        known = module in plain or type(module).__name__ in FLEXIBLE
+        if layered and not known and any(isinstance(size, int) for size in sizes):
+            yield module
+
+
+def fixed_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers whose numbers of outputs must not change."""
+    inside = [layer for module in rigid_attention(model) for layer in module.modules() if isinstance(layer, LAYERS)]
+    return [*inside, *filter(stiff, model.modules())]
+
+
+def stiff(module: nn.Module) -> bool:
+    """Whether Torch-Pruning cannot change the sizes of this module, though it would try."""
+    if isinstance(module, nn.modules.conv._ConvNd):  # several outputs for each input of its own
+        return 1 < module.groups == module.in_channels != module.out_channels
+    return isinstance(module, (nn.LSTM, nn.MultiheadAttention))
+
+
+def module_pruners(model: nn.Module) -> dict[type, Any]:
+    """`customized_pruners` for modules with parameters that Torch-Pruning leaves behind, or expects in vain."""
+    pruners: dict[type, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm) and module.bias is None:
+            pruners[type(module)] = _GroupNormPruner()
+        elif isinstance(module, nn.Conv2d) and isinstance(getattr(module, "gain", None), nn.Parameter):
+            pruners[type(module)] = _ScaledConvPruner()
+    return pruners
+
+
+class _GroupNormPruner(tp.pruner.function.GroupNormPruner):
+    """Of a norm with or without a bias."""
+
+    def prune_out_channels(self, layer: nn.GroupNorm, idxs: Sequence[int]) -> nn.Module:
+        keep = sorted(set(range(layer.num_channels)) - set(idxs))
+        layer.num_channels = len(keep)
+        for name in ("weight", "bias"):
+            parameter = getattr(layer, name)
+            if parameter is not None:
+                setattr(layer, name, self._prune_parameter_and_grad(parameter, keep, 0))
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+class _ScaledConvPruner(tp.pruner.function.ConvPruner):
+    """Of a convolution with standardised weights and a gain for each output, as in NFNets."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = sorted(set(range(layer.out_channels)) - set(idxs))
+        layer.gain = self._prune_parameter_and_grad(layer.gain, keep, 0)
+        return super().prune_out_channels(layer, idxs)
