@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .allocation import allocate
+from .coupling import CouplingReport, check_coupling
 from .errors import DivergenceError, InputError
 from .evaluation import Evaluation, evaluate
 from .finetuning import Finetuning, finetune
@@ -14,6 +15,7 @@ from .sensitivity import Sensitivity, measure_sensitivity
 from .storage import load, save
 
 __all__ = [
+    "CouplingReport",
     "DivergenceError",
     "Evaluation",
     "Finetuning",
@@ -23,6 +25,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "allocate",
+    "check_coupling",
     "create_model",
     "evaluate",
     "finetune",
