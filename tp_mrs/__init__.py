@@ -5,6 +5,7 @@ from .allocation import allocate
 from .coupling import CouplingReport, check_coupling
 from .errors import DivergenceError, InputError
 from .evaluation import Evaluation, evaluate
+from .export import export
 from .finetuning import Finetuning, finetune
 from .importance import MRSImportance
 from .models import create_model, normalize
@@ -28,6 +29,7 @@ __all__ = [
     "check_coupling",
     "create_model",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "measure_sensitivity",

@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | sensitivity | evaluate`."""
+"""The command line: `tp-mrs prune | sensitivity | evaluate | export`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .data import LOADERS, ImageData, load_data, make_loader, random_subset
 from .dense import dense_model
 from .errors import DivergenceError, InputError, check_choice, check_count, check_device
 from .evaluation import Evaluation, evaluate
+from .export import FORMATS, check_format, export
 from .files import check_output_folder, write_bytes
 from .finetuning import check_options as check_training_options
 from .importance import BASES
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     with _screen(quiet=arguments.quiet):
         try:
-            _fill_in(arguments)
+            if "data" in arguments:
+                _fill_in(arguments)
             arguments.run(arguments)
         except InputError as error:
             print(f"tp-mrs: {error}", file=sys.stderr)
@@ -194,6 +196,32 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict()))
     else:
         _print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.image_size is not None:
+        check_count("image_size", arguments.image_size)
+    source = Path(arguments.checkpoint)
+    suffix = ".pt2" if arguments.format == "pt2" else ".onnx"
+    target = Path(arguments.out) if arguments.out else source.with_suffix(suffix)
+    check_format(target, arguments.format, arguments.opset)
+    if target.resolve() == source.resolve():
+        raise InputError(f"out: {target} is the model itself; choose another name")
+    model = load(source)
+    images = _images_for(model, arguments.image_size)
+    check_output_folder(target.parent)
+    export(model, target, images, format=arguments.format, opset=arguments.opset)
+    if not arguments.quiet:
+        print(f"Written to {target}: takes images ({', '.join(map(str, ('N', *images.shape[1:])))}) in [0, 1]")
+
+
+def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
+    """One blank image of the size that the model was made for, unless another one is asked for."""
+    recipe = getattr(model, "tp_mrs_recipe", {})
+    size = image_size or recipe.get("image_size")
+    if size is None:
+        raise InputError("image_size: the file does not say what size of images its model takes; give --image-size")
+    return torch.zeros(1, recipe.get("in_chans", 3), size, size)
 
 
 class _Job:
@@ -354,17 +382,18 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity = _command(commands, "sensitivity", _sensitivity, "measure which layers robustness hangs on", common)
     sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
     _command(commands, "evaluate", _evaluate, "measure clean and robust accuracy, size and speed", common)
+    _export_arguments(_command(commands, "export", _export, "write a saved model as ONNX or as a PyTorch program"))
     return parser
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, common: argparse.ArgumentParser
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, *parents: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
-        parents=[common],
+        parents=parents,
     )
     command.set_defaults(run=run)
     return command
@@ -416,6 +445,15 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
     group.add_argument("--out", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="MODEL", help="safetensors file from tp-mrs prune or tp_mrs.save")
+    parser.add_argument("--format", help=f"{' or '.join(FORMATS)} (what --out ends in, else onnx)")
+    parser.add_argument("--out", help="the file to write (beside MODEL, with the format's ending)")
+    parser.add_argument("--image-size", type=int, help="of the images it will take, in pixels (as the model was made)")
+    parser.add_argument("--opset", type=int, help="version of ONNX's operators (PyTorch's choice)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
 
 
 class _KeyValues(argparse.Action):
