@@ -149,9 +149,10 @@ def _check_same(found: Tensor, expected: Tensor, format: str) -> None:
 @contextmanager
 def _refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """What PyTorch and onnxruntime raise becomes an `InputError`: `what`, and the first cause."""
+    refused: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, AssertionError, *kinds)
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, AssertionError, *kinds) as error:
+    except refused as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
