@@ -189,19 +189,28 @@ def test_versions_that_pickle_weights_are_refused(tmp_path: Path, monkeypatch: p
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_models_give_the_same_outputs(backend: str) -> None:
-    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("inductor needs a C++ compiler")
-    architectures = ("resnet18", "vgg11_bn", "mobilevit_xxs") if backend == "inductor" else ("mobilevit_xxs",)
-    for architecture in architectures:
-        model = tp_mrs.normalize(pruned(architecture, 32), [0.5, 0.4, 0.3], [0.2, 0.3, 0.25])
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=backend)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["resnet18", "vgg11_bn", "mobilevit_xxs"])
+def test_compiled_models_give_the_same_outputs(architecture: str) -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    check_compiled(architecture, "inductor")
+
+
+def test_compiled_graphs_give_the_same_outputs() -> None:
+    """What the compiler traces, run without a C++ compiler."""
+    check_compiled("mobilevit_xxs", "aot_eager")
+
+
+def check_compiled(architecture: str, backend: str) -> None:
+    model = tp_mrs.normalize(pruned(architecture, 32), [0.5, 0.4, 0.3], [0.2, 0.3, 0.25])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
         for batch in BATCHES:
             images = torch.rand(batch, 3, 32, 32)
-            with torch.no_grad():
-                torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-5)
+            expected = model(images)
+            torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

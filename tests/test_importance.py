@@ -79,15 +79,15 @@ def test_sensitive_groups_are_pruned_less(batches: Batches) -> None:
 def test_the_weight_is_by_the_sum_over_the_group(batches: Batches) -> None:
     model: Any = small_cnn()
     importance = MRSImportance(
-        model, batches, torchattacks.FGSM, base=lambda group: torch.ones(len(group[0].idxs)), alpha=2.0, min_keep=1.0
+        model, batches, torchattacks.FGSM, base=lambda group: torch.ones(len(group[0].idxs)), alpha=2.0, min_keep=0.0
     )
     graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
     groups = [graph.get_pruning_group(model[i], tp.prune_conv_out_channels, [0, 1]) for i in (0, 3)]
-    first, second = (scores.tolist() for group in groups if (scores := importance(group)) is not None)
+    first, second = (scores.min().item() for group in groups if (scores := importance(group)) is not None)
     measured = importance.measurement()
     scaled = {name: score / measured.sizes[name] ** 0.5 for name, score in measured.modules.items()}
     expected = ((scaled["0"] + scaled["3"]) / (scaled["3"] + scaled["7"])) ** 2
-    assert first[0] / second[0] == pytest.approx(expected, rel=1e-5)
+    assert first / second == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.8])
@@ -98,6 +98,39 @@ def test_no_group_is_emptied_or_spared(ratio: float, batches: Batches) -> None:
     kept = {name: width / before[name] for name, width in widths(model).items()}
     assert min(kept.values()) >= 0.1
     assert sorted(kept.values())[:4] == pytest.approx([0.125] * 4, abs=0.075)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "kept"),
+    [
+        ([1.0, 8, 2, 7, 3, 6, 4, 5], {"min_keep": 0.25}, 2),
+        ([1.0, 8, 2, 7, 3, 6, 4, 5], {"min_keep": 0.3, "round_to": 2}, 4),
+        ([1.0, 8, 2, 7, 3, 6, 4, 5], {"min_keep": 0.0, "round_to": 16}, 8),
+        ([0.0, 1, 0, 0, 0, 0, 0, 0], {"min_keep": 0.5}, 4),
+    ],
+)
+def test_so_many_channels_stand_above_those_of_every_group(
+    scores: list[float], options: dict[str, Any], kept: int, batches: Batches
+) -> None:
+    """Even at an alpha that puts the groups many orders of magnitude apart, and where the base scores channels 0."""
+    model: Any = small_cnn()
+    graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
+    sizes = ((model[0], 8), (model[3], 12))
+    groups = [graph.get_pruning_group(layer, tp.prune_conv_out_channels, list(range(size))) for layer, size in sizes]
+
+    def base(group: Any) -> Tensor:
+        return torch.tensor(scores) if len(group[0].idxs) == 8 else torch.full((12,), 9.0)
+
+    settings: dict[str, Any] = {"base": base, "alpha": 6.0}
+    found = MRSImportance(model, batches, torchattacks.FGSM, **settings, **options)(groups[0])
+    other = MRSImportance(model, batches, torchattacks.FGSM, **settings)(groups[1])
+    assert found is not None
+    assert other is not None
+    ranked, bases = found.sort(descending=True), torch.tensor(scores)
+    assert bases[ranked.indices[:kept]].sum() == bases.topk(kept).values.sum()
+    assert ranked.values[kept - 1] > 1e4 * other.min()
+    rest = ranked.indices[kept:]  # in proportion to the base's
+    torch.testing.assert_close(found[rest] * bases[rest].sum(), bases[rest] * found[rest].sum())
 
 
 @pytest.mark.parametrize("base", ["taylor", "magnitude", tp.importance.TaylorImportance(multivariable=True)])
@@ -176,6 +209,7 @@ def test_two_pruners_do_not_share_their_dictionaries() -> None:
     ("arguments", "message"),
     [
         ({"alpha": -1.0}, "alpha: expected a number >= 0"),
+        ({"round_to": 0}, "round_to: expected an integer >= 1"),
         ({"base": "l7"}, "base: expected one of taylor, magnitude"),
         ({"epsilon": "big"}, "epsilon"),
         ({"estimator": "sam"}, "estimator"),

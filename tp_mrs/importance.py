@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .attacks import AttackLike, bind
-from .errors import InputError, check_choice, check_number
+from .errors import InputError, check_choice, check_count, check_number
 from .pruning import layers_of, prunable_groups, refresh
 from .sensitivity import Estimator, Measurement, Sensitivity, check_settings, measure, measured_weights
 
@@ -24,7 +24,7 @@ BASES: dict[str, Callable[[], Any]] = {
 
 
 _OUT_OF_REACH = 1e6
-"""Factor on the scores of channels that are to stay; they keep their order among themselves."""
+"""Factor on the scores of channels that are to stay, on top of the highest weight; they keep their order."""
 
 
 class MRSImportance(tp.importance.Importance):
@@ -45,7 +45,9 @@ class MRSImportance(tp.importance.Importance):
         alpha: how much the sensitivity counts. 0 gives the base's scores exactly.
         min_keep: fraction of each group's channels, at least one, whose scores are raised above all others (not at
             `alpha=0`). Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
-            sensitive groups.
+            sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
+            does. Over several steps, it is a fraction of the channels at the first.
+        round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
         epsilon, estimator, steps, max_batches, seed, progress: as for `measure_sensitivity`.
 
     Raises:
@@ -66,6 +68,7 @@ class MRSImportance(tp.importance.Importance):
         base: BaseName | Callable[[Any], Tensor | None] = "taylor",
         alpha: float = 1.0,
         min_keep: float = 0.1,
+        round_to: int = 1,
         epsilon: float = 0.1,
         estimator: Estimator = "first_order",
         steps: int = 3,
@@ -75,6 +78,7 @@ class MRSImportance(tp.importance.Importance):
     ) -> None:
         check_number("alpha", alpha, low=0)
         check_number("min_keep", min_keep, low=0, high=1)
+        check_count("round_to", round_to)
         check_settings(epsilon=epsilon, estimator=estimator, steps=steps, max_batches=max_batches)
         if not callable(base):
             check_choice("base", base, BASES)
@@ -86,7 +90,8 @@ class MRSImportance(tp.importance.Importance):
         bind(attack, model)
         self.model, self.data, self.attack = model, data, attack
         self.base = base if callable(base) else BASES[base]()
-        self.alpha, self.min_keep = alpha, min_keep
+        self.alpha, self.min_keep, self.round_to = alpha, min_keep, round_to
+        self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
         self._settings: dict[str, Any] = {
             "epsilon": epsilon,
             "estimator": estimator,
@@ -112,24 +117,32 @@ class MRSImportance(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor | None:
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
         measurement = self.measurement()
-        weight = self._weight(group, measurement)
+        weight, highest = self._weights(group, measurement)
         with _lent_gradients(self.model, measurement.gradients):
             scores = self.base(_sorted_copy(group))
         if scores is None or self.alpha == 0:
             return scores
-        scores = scores * weight
-        best = scores.topk(max(1, math.ceil(self.min_keep * len(scores)))).indices
-        scores[best] *= _OUT_OF_REACH
-        return scores
+        kept = scores.topk(self._kept(group, len(scores))).indices
+        weighted = scores * weight
+        weighted[kept] = (scores[kept] + scores.mean()) * (highest * _OUT_OF_REACH)  # the mean lifts those scored 0
+        return weighted
 
-    def _weight(self, group: Any, measurement: Measurement) -> float:
-        """`(T_g / T)^α` for the layers of this group."""
+    def _kept(self, group: Any, channels: int) -> int:
+        """How many of the group's channels are to stay, by the most that it has been seen with."""
+        root = group[0].dep.target.module, group[0].dep.handler
+        self._widest[root] = max(channels, self._widest.get(root, 0))
+        least = max(1, math.ceil(self.min_keep * self._widest[root]))
+        return min(channels, math.ceil(least / self.round_to) * self.round_to)
+
+    def _weights(self, group: Any, measurement: Measurement) -> tuple[float, float]:
+        """`(T_g / T)^α` for the layers of this group, and for all layers, which no group exceeds."""
         names = {module: name for name, module in self.model.named_modules()}
         layers = layers_of(group)
         if any(layer not in names for layer in layers):
             raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
         mean = geometric_mean(measurement.typical([name]) for name in measurement.modules)
-        return relative_weight(measurement.typical(names[layer] for layer in layers), mean, self.alpha)
+        typical = measurement.typical(names[layer] for layer in layers), measurement.typical(measurement.modules)
+        return relative_weight(typical[0], mean, self.alpha), relative_weight(typical[1], mean, self.alpha)
 
 
 def relative_weight(score: float, mean: float, alpha: float) -> float:
