@@ -93,7 +93,7 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert (tmp_path / "sensitivity.svg").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["sensitivity"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["sensitivity"], ["evaluate"], ["export"]])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
     assert "usage: tp-mrs" in capsys.readouterr().out
