@@ -5,7 +5,7 @@ from .allocation import allocate
 from .coupling import CouplingReport, check_coupling
 from .errors import DivergenceError, InputError
 from .evaluation import Evaluation, evaluate
-from .export import export
+from .exporting import export
 from .finetuning import Finetuning, finetune
 from .importance import MRSImportance
 from .models import create_model, normalize

@@ -24,7 +24,7 @@ from .data import LOADERS, ImageData, load_data, make_loader, random_subset
 from .dense import dense_model
 from .errors import DivergenceError, InputError, check_choice, check_count, check_device
 from .evaluation import Evaluation, evaluate
-from .export import FORMATS, check_format, export
+from .exporting import FORMATS, check_format, export
 from .files import check_output_folder, write_bytes
 from .finetuning import check_options as check_training_options
 from .importance import BASES

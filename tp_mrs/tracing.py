@@ -162,6 +162,8 @@ class _Tracer(TorchFunctionMode):
         self._scattered: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._halved: dict[int, tuple[Tensor, bool]] = {}  # what was halved, and whether the halves met again
         self._halves: dict[int, set[tuple[int, int]]] = {}  # of which wholes a tensor contains which halves
+        self._joined: dict[int, Tensor] = {}  # what was concatenated, until a layer takes it
+        self._bare: dict[int, Tensor] = {}  # what was made of parameters alone
         self._makers: dict[int, nn.Module] = {}  # the layer whose outputs a tensor's channels are
         self._readable = set(prunable_attention(model))
         self._rigid = set(rigid_attention(model))
@@ -193,7 +195,8 @@ class _Tracer(TorchFunctionMode):
         if self._inside > 1 or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
             return inputs
         axis = self.axis(inputs[0])
-        if axis == expected_axis(module, inputs[0], axis):
+        misread = is_grouped(module) and id(inputs[0]) in self._joined
+        if axis == expected_axis(module, inputs[0], axis) and not misread:
             return inputs
         return (self.fence(inputs[0]), *inputs[1:])
 
@@ -206,7 +209,8 @@ class _Tracer(TorchFunctionMode):
             self._makers[id(output)] = module
         elif isinstance(module, NORMS) and output.shape == inputs[0].shape:
             self._set(output, self.axis(inputs[0]))
-            self._inherit([inputs[0]], output)
+            if id(inputs[0]) in self._makers:
+                self._makers[id(output)] = self._makers[id(inputs[0])]
 
     def _fence_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(self.fence(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
@@ -236,6 +240,10 @@ class _Tracer(TorchFunctionMode):
             return longer[-1] - tensor.dim() if longer else None
         return None
 
+    def is_bare(self, tensor: Tensor) -> bool:
+        """Whether it depends on parameters alone."""
+        return isinstance(tensor, nn.Parameter) or id(tensor) in self._bare
+
     def _set(self, tensor: Tensor, axis: int | None) -> None:
         if axis is not None:
             self._axes[id(tensor)] = tensor, axis
@@ -257,8 +265,9 @@ class _Tracer(TorchFunctionMode):
         outputs = list(_tensors(output))
         if not outputs:
             return output
-        call = _Call(name, function, args, kwargs, operands, outputs)
-        shown = self._show(call)
+        shown = self._show(_Call(name, function, args, kwargs, operands, outputs))
+        if all(self.is_bare(x) for x in operands):
+            self._bare.update((id(tensor), tensor) for tensor in shown)
         if isinstance(output, Tensor):
             return shown[0]
         return type(output)(shown) if isinstance(output, (tuple, list)) else output
@@ -268,7 +277,7 @@ class _Tracer(TorchFunctionMode):
         changed = args[0]
         same = _aligned(self, operands, changed) if _name(function) != "setitem" else None
         self._axes.pop(id(changed), None)
-        if same is not None and not same[1]:
+        if same is not None and len(same[1]) == len(operands):
             self._set(changed, same[0])
         return output
 
@@ -298,6 +307,8 @@ class _Tracer(TorchFunctionMode):
         shown = kind.apply(lambda: tuple(outputs), *inputs)
         for tensor in shown:
             self._set(tensor, axis)
+            if kind is Same:
+                self._inherit(inputs, tensor)
         return list(shown)
 
     def _elementwise(self, call: _Call) -> list[Tensor]:
@@ -307,12 +318,9 @@ class _Tracer(TorchFunctionMode):
         aligned = _aligned(self, call.operands, output)
         if aligned is None or _varies(call, output, aligned[0]):
             return self._fenced(call)
-        axis, narrow = aligned
-        wide = [x for x in call.operands if not any(x is y for y in narrow) and self.axis(x) is not None]
-        opened = [self._open(x) for x in narrow if not isinstance(x, nn.Parameter)]
-        shown = self._link(Same, [output], [*wide, *opened], axis)
-        self._inherit(wide, shown[0])
-        return shown
+        axis, wide = aligned
+        narrow = [x for x in call.operands if not any(x is y for y in wide) and not self.is_bare(x)]
+        return self._link(Same, [output], [*wide, *map(self._open, narrow)], axis)
 
     def _open(self, tensor: Tensor) -> Tensor:
         return self._link(SplitOpen, [tensor], [tensor])[0]
@@ -320,8 +328,11 @@ class _Tracer(TorchFunctionMode):
     def _inherit(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """The output's channels come from where the inputs' came; see whether two halves meet in it."""
         makers = {self._makers.get(id(x)) for x in inputs}
-        if len(makers) == 1 and None not in makers:
-            self._makers[id(output)] = self._makers[id(inputs[0])]
+        maker = makers.pop()
+        if maker is not None and not makers:
+            self._makers[id(output)] = maker
+        if any(id(x) in self._joined for x in inputs):
+            self._joined[id(output)] = output
         halves = {half for x in inputs for half in self._halves.get(id(x), ())}
         self._halves[id(output)] = halves
         for whole in {whole for whole, side in halves if (whole, 1 - side) in halves}:
@@ -356,8 +367,14 @@ class _Tracer(TorchFunctionMode):
             return self._fenced(call)
         if axis != dim:
             return self._link(Same, [output], parts, axis)
-        joined = torch.cat([self._column(x, axis) for x in parts], dim=1)
-        return self._link(Same, [output], [joined], axis)
+        if any(self._halves.get(id(x)) for x in parts):  # Torch-Pruning can't tell their widths
+            return self._fenced(call)
+        return self._link(Same, [output], [self._join([self._column(x, axis) for x in parts])], axis)
+
+    def _join(self, columns: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(columns), dim=1)
+        self._joined[id(joined)] = joined
+        return joined
 
     def _stack(self, call: _Call) -> list[Tensor]:
         parts, output = list(call.args[0] if call.args else call.kwargs["tensors"]), call.outputs[0]
@@ -387,24 +404,29 @@ class _Tracer(TorchFunctionMode):
         shown = []
         for output, labels in zip(call.outputs, moved, strict=True):
             new_axis, layout = find_layout(labels, width) or (None, None)
-            if new_axis is None or layout is None or (layout in HALVING and id(origin) not in self._makers):
+            if new_axis is None or layout is None or not self._can_follow(call, origin, layout):
                 shown += self._link(ExpandFence, [output], [origin])
             else:
                 sources = self._laid_out(origin, axis, layout, output.shape[new_axis] // width)
                 shown += self._link(Same, [output], sources, new_axis)
-                self._note(origin, shown[-1], layout)
+                if layout in HALVING:
+                    self._note_half(origin, shown[-1], layout)
             if layout is not Layout.ONCE:
                 self._scattered[id(shown[-1])] = shown[-1], origin, labels
         return shown
 
-    def _note(self, origin: Tensor, output: Tensor, layout: Layout) -> None:
-        """Remember where the channels are from, and which half of them this is."""
-        if layout is Layout.ONCE:
-            self._inherit([origin], output)
-        if layout in HALVING:
-            met = self._halved.get(id(origin), (origin, False))[1]
-            self._halved[id(origin)] = origin, met or layout is Layout.HALVES
-            self._halves[id(output)] = {(id(origin), side) for side in HALVING[layout]}
+    def _can_follow(self, call: _Call, origin: Tensor, layout: Layout) -> bool:
+        """Whether Torch-Pruning can follow the layout, and the model's code the pruning."""
+        if layout is Layout.INTERLEAVED:
+            return id(origin) not in self._joined and not self._halves.get(id(origin))
+        if layout in HALVING:  # at a place that may stand in the code as a number, unless it is called a chunk
+            return id(origin) in self._makers and (layout is Layout.HALVES or call.name == "chunk")
+        return True
+
+    def _note_half(self, origin: Tensor, output: Tensor, layout: Layout) -> None:
+        met = self._halved.get(id(origin), (origin, False))[1]
+        self._halved[id(origin)] = origin, met or layout is Layout.HALVES
+        self._halves[id(output)] = {(id(origin), side) for side in HALVING[layout]}
 
     def _numbered(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor whose channels were moved about, and their numbers as they lie now."""
@@ -424,7 +446,7 @@ class _Tracer(TorchFunctionMode):
             return [self._link(Same, [block], [source])[0].flatten(1)]
         column, half = self._column(source, axis), source.shape[axis] // 2
         if layout is Layout.TILED:
-            return [torch.cat([column] * times, dim=1)]
+            return [self._join([column] * times)]
         return [column.narrow(1, side * half, half) for side in HALVING[layout]]
 
 
@@ -445,6 +467,13 @@ class _Call:
         return value if value is not None or len(self.args) <= position else self.args[position]
 
 
+def is_grouped(module: nn.Module) -> bool:
+    """Whether channels are in groups of several, which Torch-Pruning looks for in each part of a concatenation."""
+    if isinstance(module, nn.GroupNorm):
+        return 1 < module.num_groups < module.num_channels
+    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.in_channels
+
+
 def expected_axis(module: nn.Module, source: Tensor, axis: int | None) -> int:
     """Where a module that Torch-Pruning knows looks for the channels; 0, which no axis is, if that can't be said."""
     if stiff(module):
@@ -458,29 +487,24 @@ def expected_axis(module: nn.Module, source: Tensor, axis: int | None) -> int:
 
 
 def _aligned(tracer: _Tracer, operands: Sequence[Tensor], output: Tensor) -> tuple[int, list[Tensor]] | None:
-    """The common channel axis of the operands of a broadcast, and those that have one channel for all of them."""
-    axes: set[int] = set()
-    narrow: list[tuple[Tensor, int]] = []
-    for x in operands:
-        axis = tracer.axis(x)
-        if axis is None:
-            if isinstance(x, nn.Parameter) and x.numel() == 1:
-                continue
-            return None
-        if -axis > output.dim():
-            return None
-        if x.shape[axis] == output.shape[axis]:
-            axes.add(axis)
-        elif x.shape[axis] == 1:
-            narrow.append((x, axis))
-        else:
-            return None
-    if len(axes) != 1:
+    """The common channel axis of the operands of a broadcast, and those that have their channels along it.
+
+    The others are the same for all channels. None if there is no common axis.
+    """
+    axes = [(x, tracer.axis(x)) for x in operands]
+    streams = [(x, axis) for x, axis in axes if not tracer.is_bare(x)] or axes
+    if any(axis is None or -axis > output.dim() for _, axis in streams):
         return None
-    common = axes.pop()
-    if any(-common <= x.dim() and x.shape[common] != 1 for x, _ in narrow):
+    wide = {axis for x, axis in streams if axis is not None and x.shape[axis] == output.shape[axis]}
+    if len(wide) != 1:
         return None
-    return common, [x for x, _ in narrow]
+    common = wide.pop()
+    joined = [x for x in operands if x.dim() >= -common and x.shape[common] == output.shape[common]]
+    if any(tracer.axis(x) != common for x in joined):
+        return None
+    if any(x.dim() >= -common and x.shape[common] not in (1, output.shape[common]) for x in operands):
+        return None
+    return common, joined
 
 
 def _varies(call: _Call, output: Tensor, axis: int) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tp_mrs
 from tests.conftest import randomised, small_cnn, small_resnet, unchanged
 from tp_mrs import cli
-from tp_mrs.export import Format
+from tp_mrs.exporting import Format
 
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")
 BATCHES = (1, 2, 5)
