@@ -32,7 +32,8 @@ from .models import create_model, normalize
 from .objectives import OBJECTIVES, resolve
 from .pipeline import Report, check_options, mrpf
 from .sensitivity import Estimator, measure_sensitivity
-from .storage import fit_shapes, load, read, save
+from .storage import load, save
+from .tensorfile import read
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         train_attack=arguments.train_attack,
         **job.training(),
     )
-    save(model, out / "model.safetensors")
+    save(model, out / "model.safetensors", class_names=job.data.class_names)
     report.save(out / "report.json")
     _save_figure(report.plot(), out / "sensitivity")
     if arguments.json:
@@ -310,9 +311,11 @@ class _Job:
     def _from_checkpoint(self) -> nn.Module:
         """A file of `tp_mrs.save`, or a plain state dict of the architecture."""
         path = self.arguments.checkpoint
-        metadata, tensors = read(path)
-        if metadata is not None:
-            return load(path, device=self.device)
+        metadata, _ = read(path)
+        return load(path, factory=None if metadata else self._dense, device=self.device)
+
+    def _dense(self) -> nn.Module:
+        """The architecture, untrained, for the data."""
         channels, size, _ = self.data.shape
         model = create_model(
             self.arguments.model,
@@ -321,9 +324,7 @@ class _Job:
             image_size=size,
             **self.arguments.model_kwargs,
         )
-        fit_shapes(model, tensors, source=path)
-        model.load_state_dict(tensors)
-        return normalize(model, self.data.mean, self.data.std).to(self.device).eval()
+        return normalize(model, self.data.mean, self.data.std)
 
 
 def _device(name: str) -> torch.device:

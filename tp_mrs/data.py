@@ -23,7 +23,7 @@ class ImageData:
     """A data set: `train` is augmented, `calibration` is the same images without augmentation, `test` is held out.
 
     Each yields `(image, label)`: a float32 tensor (C, H, W) in [0, 1] and an int. `mean` and `std` are the training
-    split's, per channel.
+    split's, per channel. `class_names` are in the order of the labels; None where the data set doesn't give any.
     """
 
     name: str
@@ -34,6 +34,7 @@ class ImageData:
     train: Dataset[Any]
     calibration: Dataset[Any]
     test: Dataset[Any]
+    class_names: tuple[str, ...] | None = None
 
 
 def load_data(
@@ -110,6 +111,7 @@ def _digits() -> ImageData:
         _Augmented(plain, transforms.RandomCrop(32, padding=2)),
         plain,
         TensorDataset(images[test], labels[test]),
+        tuple(str(digit) for digit in range(10)),
     )
 
 
@@ -147,15 +149,18 @@ def _torchvision(
     flip: bool,
 ) -> ImageData:
     try:
+        train = make(True, _augmentation(32, flip=flip))
+        names = getattr(train, "classes", None)
         return ImageData(
             name,
             num_classes,
             (3, 32, 32),
             tuple(mean),
             tuple(std),
-            make(True, _augmentation(32, flip=flip)),
+            train,
             make(True, _TO_TENSOR),
             make(False, _TO_TENSOR),
+            tuple(names) if names else None,
         )
     except RuntimeError as error:
         raise InputError(f"data_dir: found no usable {name} ({error})") from error
@@ -224,6 +229,7 @@ def _tiny_imagenet(root: Path, download: bool) -> ImageData:
         _ImageFiles(train, _augmentation(64, flip=True)),
         _ImageFiles(train, _TO_TENSOR),
         _ImageFiles(test, _TO_TENSOR),
+        tuple(classes),
     )
 
 
@@ -245,7 +251,8 @@ def _image_folder(root: Path, size: int) -> ImageData:
     if train.classes != test.classes:
         raise InputError(f"data_dir: {root / 'train'} and {held_out} have different class folders")
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return ImageData("image-folder", len(train.classes), (3, size, size), *imagenet, train, calibration, test)
+    names = tuple(train.classes)
+    return ImageData("image-folder", len(names), (3, size, size), *imagenet, train, calibration, test, names)
 
 
 LOADERS: dict[str, Callable[..., ImageData]] = {

@@ -20,6 +20,34 @@ from .errors import InputError, check_count
 SMALL_IMAGE = 64
 """Images of at most this many pixels a side get a network that does not shrink them at its entrance."""
 
+WEIGHT_SOURCES = {
+    "cache_dir",
+    "checkpoint_path",
+    "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_custom_load",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "pretrained_strict",
+    "pruned",
+}
+"""timm's arguments that say where weights come from. A saved model brings its own, so they are not remembered."""
+
+# What timm's constructors raise when an argument does not suit them.
+_CANNOT_MAKE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def create_model(
     architecture: str,
@@ -57,13 +85,14 @@ def create_model(
         model = timm.create_model(
             architecture, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **arguments
         )
-    except TypeError as error:
-        raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {error}") from error
+    except _CANNOT_MAKE as error:
+        raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {str(error)[:300]}") from error
     if image_size <= SMALL_IMAGE:
         _fit_small_images(model, in_chans)
     with contextlib.suppress(TypeError):  # an argument such as a class cannot be written down
         recipe = {"architecture": architecture, "num_classes": num_classes, "in_chans": in_chans}
-        model.tp_mrs_recipe = json.loads(json.dumps({**recipe, "image_size": image_size, **arguments}))
+        kept = {name: value for name, value in arguments.items() if name not in WEIGHT_SOURCES}
+        model.tp_mrs_recipe = json.loads(json.dumps({**recipe, "image_size": image_size, **kept}))
     return model
 
 
@@ -126,7 +155,7 @@ def normalization(model: nn.Module) -> tuple[list[float], list[float]] | None:
     return mean.flatten().tolist(), std.flatten().tolist()
 
 
-_MEAN, _STD = "tp_mrs_mean", "tp_mrs_std"
+NORMALIZATION_BUFFERS = _MEAN, _STD = "tp_mrs_mean", "tp_mrs_std"
 
 
 def _normalize_input(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import tensorfile
 from ._version import versions
-from .borrowing import preserved_rng
 from .errors import InputError, check_device
-from .files import write_bytes
-from .models import create_model, normalization, normalize
+from .models import normalization, normalize
 from .pruning import refresh
+from .recipes import check_recipe, find_recipe, skeleton
+from .shapes import Conv, check_fit, fill, slots
 
-logger = logging.getLogger(__name__)
-FORMAT = "tp_mrs.model/1"
 
-
-def save(model: nn.Module, path: str | Path) -> Path:
+def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
     """Write `model`, pruned or not, as one safetensors file.
 
-    The metadata says how timm makes the architecture, the normalisation, and the numbers of attention heads. Make
-    models with `tp_mrs.create_model`, which remembers its arguments: timm itself does not. Where the architecture
-    cannot be made again from what is known, a warning says so, and `load` needs a factory.
+    The tensors are all parameters and buffers, those outside the state dict too, in their own types. The metadata says
+    how timm makes the architecture, the class names, the normalisation, the numbers of attention heads, the groups of
+    convolutions, and the versions; a checksum covers both. Make models with `tp_mrs.create_model`, which remembers its
+    arguments: timm itself does not. Where the architecture cannot be made again from what is known, a warning says so,
+    and `load` needs a factory.
 
     Args:
         model: any module; stays as it is.
         path: the file, usually `*.safetensors`. It is replaced whole or not at all.
+        class_names: one for each output, in order; those in `model.class_names` if None and there are any.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the class names are not one string for each output, the model holds what safetensors cannot, or the
+            file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    names = _check_class_names(model, getattr(model, "class_names", None) if class_names is None else class_names)
+    tensors = _tensors(model)
     statistics = normalization(model)
+    modules = list(model.named_modules())
     metadata = {
-        "format": FORMAT,
-        "recipe": _recipe(model),
+        "recipe": find_recipe(model),
+        "class_names": names,
         "normalize": statistics and {"mean": statistics[0], "std": statistics[1]},
-        "heads": {
-            name: module.num_heads
-            for name, module in model.named_modules()
-            if isinstance(getattr(module, "num_heads", None), int)
-        },
+        "heads": {name: module.num_heads for name, module in modules if _has_heads(module)},
+        "groups": {name: module.groups for name, module in modules if isinstance(module, Conv) and module.groups > 1},
         "versions": versions(),
     }
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return write_bytes(path, safetensors.torch.save(tensors, {"tp_mrs": json.dumps(metadata)}))
+    return tensorfile.write(path, metadata, tensors)
 
 
 def load(
@@ -59,156 +60,147 @@ def load(
     *,
     factory: Callable[[], nn.Module] | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Read what `save` wrote: the model with its pruned shapes, in eval mode.
+    """Read what `save` wrote: the model with its pruned shapes, in eval mode; or any state dict in safetensors.
+
+    Nothing in the file is run or unpickled, and no file or address that it names is opened. The architecture is first
+    made without memory; what is then taken is the size of the file.
 
     Args:
         path: the file.
-        factory: makes the unpruned architecture, for models that timm did not make.
+        factory: makes the unpruned architecture, for models that timm did not make and files that `save` did not
+            write, such as a plain state dict: `load(path, factory=lambda: tp_mrs.create_model("resnet18", ...))`.
         device: where to put it.
+        dtype: floating-point type to convert it to; None for the types in the file.
+
+    Returns:
+        the model; its `class_names` are those it was saved with, if any.
 
     Raises:
-        InputError: no such file, not one of ours, or it doesn't fit the architecture.
+        InputError: no such file, damaged, not safetensors, or it doesn't fit the architecture.
     """
     device = check_device(device)
-    metadata, tensors = read(path)
-    if metadata is None:
-        raise InputError(f"path: {path} has no tp_mrs metadata; write it with tp_mrs.save(model, path)")
-    recipe = metadata.get("recipe")
-    if factory is not None:
-        model = factory()
-    elif isinstance(recipe, dict) and {"architecture", "num_classes"} <= set(recipe):
-        model = create_model(**recipe)
-    else:
+    if dtype is not None and dtype not in tensorfile.FLOATS:
+        raise InputError(f"dtype: expected None or a floating-point type such as torch.float32, got {dtype!r}")
+    content, tensors = tensorfile.read(path)
+    with _naming(path):
+        metadata = _Metadata.parse(content or {})
+    if factory is None and metadata.recipe is None:
         raise InputError(f"factory: {path} does not say how to make its model; pass factory=lambda: MyModel(...)")
-    fit_shapes(model, tensors, source=str(path))
-    model.load_state_dict(tensors)
-    for name, heads in metadata.get("heads", {}).items():
-        model.get_submodule(name).num_heads = heads
-    statistics = metadata.get("normalize")
-    if statistics is not None:
-        normalize(model, statistics["mean"], statistics["std"])
-    return refresh(model).to(device).eval()
+    made = None if factory is None else _made_by(factory)
+    with _naming(path):
+        model: Any = skeleton(check_recipe(metadata.recipe), tensors=len(tensors)) if made is None else made
+        _check_modules(model, metadata)
+        places = check_fit(model, tensors, groups=metadata.groups, complete=made is None)
+        for name, heads in metadata.heads.items():
+            model.get_submodule(name).num_heads = heads
+        fill(places, tensors, groups=metadata.groups)
+        if metadata.normalize is not None:
+            normalize(model, *metadata.normalize)
+        refresh(model)
+    if metadata.class_names is not None:
+        model.class_names = metadata.class_names
+    if made is not None or device.type != "cpu" or dtype is not None:
+        model.to(device=device, dtype=dtype)
+    return model.eval()
 
 
-def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """The tp_mrs metadata (None if the file has none) and tensors of a safetensors file.
+@dataclass(frozen=True)
+class _Metadata:
+    """What `save` notes beside the tensors; all empty for a plain state dict."""
 
-    Raises:
-        InputError: it cannot be read, is not safetensors, or is of a later format.
-    """
+    recipe: dict[str, Any] | None
+    class_names: list[str] | None
+    normalize: tuple[list[float], list[float]] | None
+    heads: dict[str, int]
+    groups: dict[str, int]
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> _Metadata:
+        """Raise `InputError` unless every entry has the type that `save` gives it."""
+        statistics, names = content.get("normalize"), content.get("class_names")
+        if statistics is not None:
+            if not isinstance(statistics, dict) or not {"mean", "std"} <= set(statistics):
+                raise InputError("normalize: expected mean and std")
+            statistics = _numbers(statistics["mean"]), _numbers(statistics["std"])
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise InputError("class_names: expected a list of strings")
+        return cls(content.get("recipe"), names, statistics, _counts(content, "heads"), _counts(content, "groups"))
+
+
+def _numbers(values: object) -> list[float]:
+    if isinstance(values, list) and all(type(value) in (int, float) and abs(value) < 1e9 for value in values):
+        return values
+    raise InputError("normalize: expected lists of numbers")
+
+
+def _counts(content: dict[str, Any], key: str) -> dict[str, int]:
+    counts = content.get(key, {})
+    if isinstance(counts, dict) and all(type(count) is int and count > 0 for count in counts.values()):
+        return counts
+    raise InputError(f"{key}: expected a positive integer for each name")
+
+
+def _made_by(factory: Callable[[], Any]) -> Any:
+    model = factory() if callable(factory) else factory
+    if not isinstance(model, nn.Module):
+        raise InputError(f"factory: expected a function that returns a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _check_modules(model: nn.Module, metadata: _Metadata) -> None:
+    """Raise `InputError` if heads or groups are noted of modules that have none, or more than the architecture's."""
+    for name, heads in metadata.heads.items():
+        module: Any = _submodule(model, name)
+        if not _has_heads(module) or heads > module.num_heads:
+            raise InputError(f"heads: the architecture has no {heads} attention heads in {name[:80]!r}")
+    for name in metadata.groups:
+        if not isinstance(_submodule(model, name), Conv):
+            raise InputError(f"groups: the architecture has no convolution {name[:80]!r}")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            raw = (file.metadata() or {}).get("tp_mrs")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"path: cannot read {path} as safetensors ({error}); convert other checkpoints with "
-            "safetensors.torch.save_file(model.state_dict(), path)"
-        ) from error
-    if raw is None:
-        return None, tensors
-    try:
-        metadata = json.loads(raw)
-    except ValueError as error:
-        raise InputError(f"path: the metadata of {path} is not valid JSON ({error})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        found = metadata.get("format") if isinstance(metadata, dict) else metadata
-        raise InputError(f"path: {path} has format {found!r}, this version reads {FORMAT!r}; upgrade tp_mrs")
-    return metadata, tensors
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
-def fit_shapes(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Give the modules of `model` the shapes of `tensors`, which may be smaller but must bear the same names.
+def _has_heads(module: object) -> bool:
+    return type(getattr(module, "num_heads", None)) is int
 
-    Raises:
-        InputError: a tensor is missing, superfluous, of another rank, empty, or larger than the architecture's.
-    """
-    expected = model.state_dict()
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or extra:
-        raise InputError(
-            f"path: {source} doesn't fit the architecture (made with other arguments?); "
-            f"missing {missing[:3]}, unexpected {extra[:3]} "
-            f"({len(missing)} and {len(extra)} in all)"
-        )
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name; raises `InputError` if some state is no plain tensor with values."""
+    tensors = {name: slot.tensor for name, slot in slots(model).items() if slot.tensor is not None}
+    other = sorted(set(model.state_dict()) - set(tensors))
+    if other:
+        raise InputError(f"model: {other[0]} of its state is no parameter or buffer, and cannot be saved")
     for name, tensor in tensors.items():
-        full = expected[name].shape
-        channels = list(zip(tensor.shape[:2], full[:2], strict=False))
-        fits = tensor.shape[2:] == full[2:] and all(0 < size <= most for size, most in channels)
-        fits = fits and tensor.dim() == len(full)
-        if not fits:
-            raise InputError(
-                f"path: {name} in {source} has shape {tuple(tensor.shape)}, the architecture's is {tuple(full)}"
-            )
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for key, current in own:
-            tensor = tensors.get(prefix + key, current)
-            if tensor.shape == current.shape:
-                continue
-            smaller = torch.empty_like(tensor, device=current.device)
-            if isinstance(current, nn.Parameter):
-                setattr(module, key, nn.Parameter(smaller, requires_grad=current.requires_grad))
-            else:
-                setattr(module, key, smaller)
-        _follow_shapes(module)
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
+            what = "is on the meta device and holds no values" if tensor.is_meta else "is not dense and real"
+            raise InputError(f"model: its tensor {name} {what}, and cannot be saved")
+    return tensors
 
 
-def _follow_shapes(module: nn.Module) -> None:
-    """Set the size attributes of a layer by the shape of its weight."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    shape = tuple(weight.shape)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        outer, inner = (shape[1], shape[0]) if module.transposed else shape[:2]
-        if module.groups > 1 and module.groups == module.in_channels:  # depthwise: one channel per group
-            module.groups = shape[0]
-        if module.transposed:
-            module.in_channels, module.out_channels = inner, outer * module.groups
-        else:
-            module.in_channels, module.out_channels = inner * module.groups, outer
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = shape[0]
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = shape
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = shape[0]
+def _check_class_names(model: nn.Module, names: object) -> list[str] | None:
+    if names is None:
+        return None
+    outputs = getattr(model, "num_classes", None)
+    count = outputs if type(outputs) is int and outputs > 0 else None
+    plain = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not plain or (count is not None and len(names) != count):  # type: ignore[arg-type]
+        raise InputError(
+            f"class_names: expected a list of {count or 'the'} strings, one for each output, got {str(names)[:80]}"
+        )
+    return list(names)  # type: ignore[call-overload]
 
 
-def _recipe(model: nn.Module) -> dict[str, Any] | None:
-    """How `create_model` makes this architecture; None if timm did not make it."""
-    recipe = getattr(model, "tp_mrs_recipe", None)
-    if not isinstance(recipe, dict):
-        config = getattr(model, "pretrained_cfg", None)
-        architecture = config.get("architecture") if isinstance(config, dict) else None
-        if architecture is None:
-            return None
-        in_chans = getattr(model, "in_chans", 3)
-        recipe = {"architecture": architecture, "num_classes": model.num_classes, "in_chans": in_chans}
-    with preserved_rng(model):
-        again = create_model(**recipe)
-    if _structure(again) == _structure(model):
-        return recipe
-    logger.warning(
-        "create_model(**%s) does not make this architecture again, so load() will need factory=; "
-        "make the model with tp_mrs.create_model(...) and all its arguments",
-        recipe,
-    )
-    return None
-
-
-def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
-    """Names, classes and settings of all modules, apart from the sizes that pruning changes."""
-
-    def is_setting(name: str, value: object) -> bool:
-        return isinstance(value, (str, bool, float, tuple)) and name not in ("training", "normalized_shape")
-
-    return [
-        (name, type(module).__name__, {key: value for key, value in vars(module).items() if is_setting(key, value)})
-        for name, module in model.named_modules()
-    ]
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Start the message of an `InputError` about the file with its name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"path: {path} is unusable, {error}") from error

@@ -1,0 +1,132 @@
+"""One safetensors file with our metadata: read without trusting it, written with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import InputError
+from .files import write_bytes
+
+FORMAT = "tp_mrs.model/2"
+KEY, CHECKSUM = "tp_mrs", "tp_mrs.sha256"
+MOST_METADATA = 4 * 2**20
+"""Characters of JSON that we read or write: enough for the class names of ImageNet-21k, little enough to parse."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights can have."""
+
+
+def write(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write `tensors` and `metadata`, JSON to be, as one file; whole or not at all.
+
+    Raises:
+        InputError: the metadata is too long, or the file cannot be written.
+    """
+    text = json.dumps({"format": FORMAT, **metadata}, allow_nan=False)
+    if len(text) > MOST_METADATA:
+        raise InputError(f"class_names: the metadata takes {len(text)} characters, at most {MOST_METADATA} can be kept")
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return write_bytes(path, safetensors.torch.save(plain, {KEY: text, CHECKSUM: checksum(text, plain)}))
+
+
+def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """The metadata of ours that a safetensors file has, None if it has none, and its tensors.
+
+    The tensors are views of the file and read when used; clone what you keep.
+
+    Raises:
+        InputError: it cannot be read, is not safetensors, is damaged, or is of another format.
+    """
+    header, tensors = _open(_regular_file(path))
+    text = header.get(KEY)
+    if text is None:
+        return None, tensors
+    metadata = parse(text, str(path))
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"path: {path} has format {str(metadata.get('format'))[:40]!r}, this version reads {FORMAT!r}; "
+            "read it with the version of tp_mrs that its metadata names, or a later one"
+        )
+    if header.get(CHECKSUM) != checksum(text, tensors):
+        raise InputError(f"path: {path} is damaged, its checksum does not match; copy or save it again")
+    return metadata, tensors
+
+
+def parse(text: str, path: str) -> dict[str, Any]:
+    """A JSON object; no NaN or infinity, no key twice.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    if len(text) > MOST_METADATA:
+        raise InputError(f"path: the metadata of {path} has {len(text)} characters, at most {MOST_METADATA} are read")
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"path: the metadata of {path} is not valid JSON ({str(error)[:100]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"path: the metadata of {path} is not a JSON object, but {type(content).__name__}")
+    return content
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the metadata and of every tensor's name, type, shape and bytes, whatever their order in the file."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _regular_file(path: str | Path) -> Path:
+    try:
+        file = Path(path)
+    except TypeError as error:
+        raise InputError(f"path: expected the name of a file, got {type(path).__name__}") from error
+    if not file.is_file():
+        what = "it is a folder" if file.is_dir() else "there is no such file"
+        raise InputError(f"path: cannot read {file} ({what}); give a safetensors file")
+    return file
+
+
+def _open(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            names = opened.keys()
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        if _is_pickle(file):
+            raise InputError(
+                f"path: {file} is a pickle (torch.save), which can run code and is never opened here; where you trust "
+                'it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), "new.safetensors")'
+            ) from error
+        raise InputError(
+            f"path: cannot read {file} as safetensors ({str(error)[:200]}); write it with tp_mrs.save(model, path)"
+        ) from error
+
+
+def _is_pickle(file: Path) -> bool:
+    """By the first bytes of a zip, as torch.save writes, or of pickle's protocols 2 to 5."""
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key appears twice")
+    return content
+
+
+def _not_a_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
