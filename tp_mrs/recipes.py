@@ -37,6 +37,7 @@ def find_recipe(model: nn.Module) -> dict[str, Any] | None:
         check_recipe(recipe)
         again = skeleton(recipe, tensors=len(tensors))
         check_fit(again, tensors, complete=True)
+        _check_state(again)
         differs = "" if _structure(again) == _structure(model) else "other layers or settings"
     except InputError as error:
         differs = str(error)
@@ -83,17 +84,18 @@ def skeleton(recipe: dict[str, Any], *, tensors: int) -> nn.Module:
         tensors: how many tensors there are to fill it; bounds the work.
 
     Raises:
-        InputError: timm cannot make it, it has far more layers than there are tensors, or it keeps tensors outside its
-            parameters and buffers.
+        InputError: timm cannot make it, or it has far more layers than there are tensors.
     """
-    with preserved_rng(nn.Module()), _Skeleton(calls=2_000 + 200 * tensors):
-        model = create_model(**recipe)
-    for module in model.modules():
+    with preserved_rng(nn.Module()), _Skeleton(calls=2_000 + 100 * tensors):
+        return create_model(**recipe)
+
+
+def _check_state(model: nn.Module) -> None:
+    """Raise `InputError` if the model keeps tensors where a state dict does not look, which `load` could not fill."""
+    for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor):
-                kind = type(module).__name__
-                raise InputError(f"recipe: {kind}.{key} is a tensor outside the parameters and buffers; pass factory=")
-    return model
+                raise InputError(f"{name}.{key} is a tensor, but no parameter or buffer")
 
 
 class _Skeleton(TorchFunctionMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .files import write_bytes
 
 FORMAT = "tp_mrs.model/2"
 KEY, CHECKSUM = "tp_mrs", "tp_mrs.sha256"
+_BLANK = "0" * 64
 MOST_METADATA = 4 * 2**20
 """Characters of JSON that we read or write: enough for the class names of ImageNet-21k, little enough to parse."""
 
@@ -35,7 +37,8 @@ def write(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, T
     if len(text) > MOST_METADATA:
         raise InputError(f"class_names: the metadata takes {len(text)} characters, at most {MOST_METADATA} can be kept")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return write_bytes(path, safetensors.torch.save(plain, {KEY: text, CHECKSUM: checksum(text, plain)}))
+    content = safetensors.torch.save(plain, {KEY: text, CHECKSUM: _BLANK})
+    return write_bytes(path, content.replace(_entry(_BLANK), _entry(checksum(content)), 1))
 
 
 def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -56,7 +59,7 @@ def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
             f"path: {path} has format {str(metadata.get('format'))[:40]!r}, this version reads {FORMAT!r}; "
             "read it with the version of tp_mrs that its metadata names, or a later one"
         )
-    if header.get(CHECKSUM) != checksum(text, tensors):
+    if not _is_intact(Path(path), header.get(CHECKSUM, "")):
         raise InputError(f"path: {path} is damaged, its checksum does not match; copy or save it again")
     return metadata, tensors
 
@@ -78,13 +81,27 @@ def parse(text: str, path: str) -> dict[str, Any]:
     return content
 
 
-def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the metadata and of every tensor's name, type, shape and bytes, whatever their order in the file."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def checksum(content: bytes | mmap.mmap, written: str = "") -> str:
+    """SHA-256, in hexadecimal, of a whole file whose own checksum, as `written` in it, counts as zeros."""
+    at = content.find(_entry(written)) if written else -1
+    digest = hashlib.sha256()
+    with memoryview(content) as view:
+        if at < 0:
+            digest.update(view)
+        else:
+            digest.update(view[:at])
+            digest.update(_entry(_BLANK))
+            digest.update(view[at + len(_entry(written)) :])
     return digest.hexdigest()
+
+
+def _entry(checksum: str) -> bytes:
+    return f'"{CHECKSUM}":"{checksum}"'.encode()
+
+
+def _is_intact(file: Path, written: str) -> bool:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return checksum(content, written) == written
 
 
 def _regular_file(path: str | Path) -> Path:
