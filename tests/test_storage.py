@@ -1,8 +1,7 @@
-"""save and load: the same outputs from a pruned model, also in another process, and refusals."""
+"""save and load: the same outputs from a pruned model, also in another process; types, names, factories."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from torch import nn
 
 from tests.conftest import randomised, small_cnn, unchanged
 from tp_mrs import InputError, create_model, load, normalize, pruner_kwargs, refresh, save
+from tp_mrs.tensorfile import read
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "resnet18": (32, {"channels": (8, 8, 16, 16)}),
@@ -52,14 +52,30 @@ def test_outputs_are_bit_identical(name: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_in_another_process(tmp_path: Path) -> None:
-    model, _ = pruned("resnet18")
-    save(model, tmp_path / "model.safetensors")
-    code = "import sys, torch, tp_mrs; print(tp_mrs.load(sys.argv[1])(torch.full((1, 3, 32, 32), 0.3)).tolist())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model.safetensors")], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == model(torch.full((1, 3, 32, 32), 0.3)).tolist()
+PRUNE = """
+import sys, torch, torch_pruning as tp, tp_mrs, safetensors.torch
+model = tp_mrs.normalize(tp_mrs.create_model(sys.argv[2], num_classes=3, image_size=64), [0.2] * 3, [0.3] * 3)
+x = torch.rand(2, 3, 64, 64)
+tp.pruner.BasePruner(model, x, importance=tp.importance.MagnitudeImportance(), **tp_mrs.pruner_kwargs(model)).step()
+tp_mrs.refresh(model).eval()
+tp_mrs.save(model, sys.argv[1] + "/model.safetensors", class_names=["cat", "dog", "żaba"])
+safetensors.torch.save_file({"x": x, "y": model(x).detach()}, sys.argv[1] + "/images.safetensors")
+"""
+LOAD = """
+import sys, torch, tp_mrs, safetensors.torch
+sys.modules["pickle"].Unpickler = None  # nothing may be unpickled
+images = safetensors.torch.load_file(sys.argv[1] + "/images.safetensors")
+model = tp_mrs.load(sys.argv[1] + "/model.safetensors")
+assert torch.equal(model(images["x"]), images["y"])
+assert model.class_names == ["cat", "dog", "żaba"]
+assert not any("prun" in name for module in model.modules() for name in vars(module))
+"""
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilevit_xxs"])
+def test_pruned_in_one_process_and_loaded_in_another(name: str, tmp_path: Path) -> None:
+    for code in (PRUNE, LOAD):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), name], check=True, timeout=120)
 
 
 def test_a_plain_timm_model(tmp_path: Path) -> None:
@@ -123,44 +139,153 @@ def test_an_unknown_device(tmp_path: Path) -> None:
         load(save(small_cnn(), tmp_path / "m.safetensors"), factory=small_cnn, device="foo")
 
 
-def metadata(**changes: Any) -> dict[str, str]:
-    content = {"format": "tp_mrs.model/1", "recipe": {"architecture": "resnet18", "num_classes": 3}, "heads": {}}
-    return {"tp_mrs": json.dumps(content | changes)}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_are_the_tensors_own(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = normalize(create_model("resnet18", num_classes=3, channels=(4, 4, 4, 4)), [0.1] * 3, [0.2] * 3).eval()
+    model.to(dtype).layer1.float()
+    again = load(save(model, tmp_path / "m.safetensors"))
+    assert dtypes(again) == dtypes(model)
+    assert len(set(dtypes(again).values())) == 3  # with the counters of BatchNorm
+    assert set(dtypes(load(tmp_path / "m.safetensors", dtype=torch.float32)).values()) == {torch.float32, torch.int64}
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float32", torch.complex64])
+def test_types_that_weights_cannot_have(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dtype: expected None or a floating-point type"):
+        load(save(small_cnn(), tmp_path / "m.safetensors"), factory=small_cnn, dtype=dtype)
+
+
+def test_onto_a_device(tmp_path: Path) -> None:
+    path = save(normalize(create_model("resnet18", num_classes=3), [0.1] * 3, [0.2] * 3), tmp_path / "m.safetensors")
+    devices = {str(tensor.device) for tensor in [*load(path, device="meta").parameters(), *load(path).buffers()]}
+    assert devices == {"meta", "cpu"}
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_vit_relpos", "eva02_tiny_patch14_224"])
+def test_buffers_outside_the_state_dict(name: str, tmp_path: Path) -> None:
+    model = (
+        create_model(name, num_classes=3, depths=(1, 1, 1, 1)) if "swin" in name else create_model(name, num_classes=3)
+    )
+    outside = [buffer for key, buffer in model.named_buffers() if key not in model.state_dict()]
+    next(buffer for buffer in outside if buffer.is_floating_point() or buffer.numel()).add_(1)
+    again = load(save(model, tmp_path / "m.safetensors"))
+    for (key, buffer), (other, expected) in zip(again.named_buffers(), model.named_buffers(), strict=True):
+        assert key == other
+        assert torch.equal(buffer, expected)
+    assert not any(tensor.is_meta for tensor in [*again.parameters(), *again.buffers()])
+
+
+def test_a_buffer_that_appears_in_use(tmp_path: Path) -> None:
+    def make() -> Any:
+        model: Any = small_cnn()
+        model.register_buffer("cache", None, persistent=False)
+        return model
+
+    model = make()
+    model.cache = torch.arange(3)
+    again: Any = load(save(model, tmp_path / "m.safetensors"), factory=make)
+    assert torch.equal(again.cache, torch.arange(3))
+    assert load(save(make(), tmp_path / "m.safetensors"), factory=make).cache is None
+
+
+def test_shared_parameters_stay_shared(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        second.weight = first.weight
+        return nn.Sequential(first, second)
+
+    again: Any = load(save(make(), tmp_path / "m.safetensors"), factory=make)
+    assert again[0].weight is again[1].weight
+    assert again[0].bias is not again[1].bias
+
+
+def test_class_names(tmp_path: Path) -> None:
+    model = create_model("resnet18", num_classes=3, channels=(4, 4, 4, 4))
+    again = load(save(model, tmp_path / "a.safetensors", class_names=("a", "b", "c")))
+    assert again.class_names == ["a", "b", "c"]
+    assert not hasattr(model, "class_names")
+    assert load(save(again, tmp_path / "b.safetensors")).class_names == ["a", "b", "c"]
+    assert not hasattr(load(save(model, tmp_path / "c.safetensors")), "class_names")
+    for names in (["a"], "abc", ["a", "b", 3], {"a": 1}):
+        with pytest.raises(InputError, match="class_names: expected a list of 3 strings"):
+            save(model, tmp_path / "d.safetensors", class_names=names)  # type: ignore[arg-type]
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_the_metadata_says_what_it_is(tmp_path: Path) -> None:
+    model, _ = pruned("mobilevit_xxs")
+    metadata, tensors = read(save(model, tmp_path / "m.safetensors"))
+    assert metadata is not None
+    assert metadata["recipe"]["architecture"] == "mobilevit_xxs"
+    assert {"torch", "timm", "tp_mrs", "torch-pruning"} <= set(metadata["versions"])
+    assert metadata["normalize"]["mean"] == pytest.approx([0.1, 0.2, 0.3])
+    assert metadata["groups"] == {n: m.groups for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
+    assert set(tensors) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{}, {"metadata": {"format": "pt"}}])
+def test_a_plain_state_dict_of_the_unpruned_architecture(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = randomised(timm.create_model("mobilenetv2_050", num_classes=3)).eval()
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path, **changes)
+    images = torch.rand(1, 3, 64, 64)
+    again = load(path, factory=lambda: create_model("mobilenetv2_050", num_classes=3))
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(InputError, match=r"factory: .* does not say how to make its model; pass factory="):
+        load(path)
+    with pytest.raises(InputError, match=r"classifier.bias has shape \(3,\), the architecture's is \(2,\)"):
+        load(path, factory=lambda: create_model("mobilenetv2_050", num_classes=2))
+    with pytest.raises(InputError, match=r"path: .*doesn't fit the architecture"):
+        load(path, factory=small_cnn)
+
+
+def test_a_factory_that_makes_no_model(tmp_path: Path) -> None:
+    path = save(small_cnn(), tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"factory: expected a function that returns .* got int"):
+        load(path, factory=lambda: 3)  # type: ignore[arg-type,return-value]
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
+    path = save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "m.safetensors")
+    model = small_cnn()
+    with unchanged(model), pytest.raises(InputError, match="doesn't fit"):
+        load(path, factory=lambda: model)
+
+
+def test_saving_and_loading_leave_the_random_state_alone(tmp_path: Path) -> None:
+    model = create_model("mobilevit_xxs", num_classes=3)
+    with unchanged(model):
+        load(save(model, tmp_path / "m.safetensors"))
+
+
+def test_where_weights_came_from_is_not_remembered() -> None:
+    model: Any = create_model("resnet18", num_classes=3, cache_dir="/nowhere")
+    assert "cache_dir" not in model.tp_mrs_recipe
+
+
+class WithState(nn.Linear):
+    """A layer whose state is more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"a": 1}
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("model", "message"),
     [
-        (b"", "cannot read .* as safetensors"),
-        (b"\x80\x04K\x01.", "cannot read .* as safetensors"),
-        (safetensors.torch.save({}), "has no tp_mrs metadata"),
-        (safetensors.torch.save({}, {"tp_mrs": "{"}), "not valid JSON"),
-        (safetensors.torch.save({}, metadata(format="tp_mrs.model/9")), "has format 'tp_mrs.model/9'.*upgrade"),
-        (safetensors.torch.save({}, metadata(recipe={"architecture": "nope", "num_classes": 3})), "no architecture"),
-        (safetensors.torch.save({}, metadata()), "doesn't fit the architecture"),
-        (safetensors.torch.save({"x": torch.ones(1)}, metadata()), "doesn't fit the architecture"),
+        ("resnet18", "model: expected a torch.nn.Module, got str"),
+        (nn.Linear(3, 3, device="meta"), "model: its tensor weight is on the meta device"),
+        (WithState(3, 3), "model: _extra_state of its state is no parameter or buffer"),
     ],
 )
-def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(content)
+def test_models_that_cannot_be_saved(model: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        load(path)
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("shape", [(64, 3, 7), (65, 3, 7, 7), (0, 3, 7, 7), (64, 3, 3, 3)])
-def test_shapes_the_architecture_cannot_have(shape: tuple[int, ...], tmp_path: Path) -> None:
-    tensors = timm.create_model("resnet18", num_classes=3).state_dict() | {"conv1.weight": torch.zeros(shape)}
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(safetensors.torch.save(tensors, metadata()))
-    with pytest.raises(InputError, match=r"conv1.weight .* has shape"):
-        load(path)
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="path: cannot read"):
-        load(tmp_path / "nothing.safetensors")
+        save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
