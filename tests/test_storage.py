@@ -216,6 +216,14 @@ def test_class_names(tmp_path: Path) -> None:
     assert not (tmp_path / "d.safetensors").exists()
 
 
+def test_names_like_a_blank_checksum(tmp_path: Path) -> None:
+    names = ["0" * 64, f'"tp_mrs.sha256":"{"0" * 64}"', "\\\0"]
+    path = save(
+        create_model("resnet18", num_classes=3, channels=(4, 4, 4, 4)), tmp_path / "m.safetensors", class_names=names
+    )
+    assert load(path).class_names == names
+
+
 def test_the_metadata_says_what_it_is(tmp_path: Path) -> None:
     model, _ = pruned("mobilevit_xxs")
     metadata, tensors = read(save(model, tmp_path / "m.safetensors"))

@@ -19,6 +19,7 @@ from .files import check_output_folder
 from .finetuning import finetune
 from .models import create_model, normalize
 from .storage import load, save
+from .tensorfile import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def dense_model(
         InputError: as `create_model` and `finetune`; or the cache cannot be written.
     """
     recipe = {
+        "format": FORMAT,
         "data": data.name,
         "train_images": len(data.train),  # type: ignore[arg-type]
         "architecture": architecture,

@@ -111,7 +111,7 @@ def _regular_file(path: str | Path) -> Path:
         raise InputError(f"path: expected the name of a file, got {type(path).__name__}") from error
     if not file.is_file():
         what = "it is a folder" if file.is_dir() else "there is no such file"
-        raise InputError(f"path: cannot read {file} ({what}); give a safetensors file")
+        raise InputError(f"path: cannot read {file} as safetensors ({what}); write it with tp_mrs.save(model, path)")
     return file
 
 
