@@ -109,6 +109,13 @@ def test_groups_that_shapes_do_not_tell() -> None:
     assert torch.equal(big(images), small(images))
 
 
+def test_recurrent_layers_use_their_new_weights() -> None:
+    small, big = nn.GRU(3, 4), nn.GRU(3, 4)
+    put(small, big)
+    signal = torch.rand(5, 1, 3)
+    assert torch.equal(big(signal)[0], small(signal)[0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     channels=st.integers(1, 6),

@@ -287,6 +287,7 @@ class WithState(nn.Linear):
     [
         ("resnet18", "model: expected a torch.nn.Module, got str"),
         (nn.Linear(3, 3, device="meta"), "model: its tensor weight is on the meta device"),
+        (nn.Linear(3, 3, dtype=torch.complex64), "model: its tensor weight is torch.strided torch.complex64"),
         (WithState(3, 3), "model: _extra_state of its state is no parameter or buffer"),
     ],
 )

@@ -35,7 +35,8 @@ def find_recipe(model: nn.Module) -> dict[str, Any] | None:
     tensors = {name: slot.tensor for name, slot in slots(model).items() if slot.tensor is not None}
     try:
         check_recipe(recipe)
-        again = skeleton(recipe, tensors=len(tensors))
+        with preserved_rng(model):
+            again = skeleton(recipe, tensors=len(tensors))
         check_fit(again, tensors, complete=True)
         _check_state(again)
         differs = "" if _structure(again) == _structure(model) else "other layers or settings"
@@ -77,7 +78,7 @@ def check_recipe(recipe: object) -> dict[str, Any]:
 
 
 def skeleton(recipe: dict[str, Any], *, tensors: int) -> nn.Module:
-    """The architecture on the meta device: no memory, no random numbers, no initialisation.
+    """The architecture on the meta device: no memory, no random numbers of torch's, no initialisation.
 
     Args:
         recipe: arguments of `create_model` that `check_recipe` has accepted.
@@ -86,7 +87,7 @@ def skeleton(recipe: dict[str, Any], *, tensors: int) -> nn.Module:
     Raises:
         InputError: timm cannot make it, or it has far more layers than there are tensors.
     """
-    with preserved_rng(nn.Module()), _Skeleton(calls=2_000 + 100 * tensors):
+    with _Skeleton(calls=2_000 + 100 * tensors):
         return create_model(**recipe)
 
 

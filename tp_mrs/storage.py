@@ -178,8 +178,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     if other:
         raise InputError(f"model: {other[0]} of its state is no parameter or buffer, and cannot be saved")
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
-            what = "is on the meta device and holds no values" if tensor.is_meta else "is not dense and real"
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in tensorfile.TYPES.values():
+            what = (
+                "is on the meta device and holds no values" if tensor.is_meta else f"is {tensor.layout} {tensor.dtype}"
+            )
             raise InputError(f"model: its tensor {name} {what}, and cannot be saved")
     return tensors
 
