@@ -41,6 +41,7 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     assert report["rounds"][0]["reached"] == pytest.approx(0.5, rel=0.01)
     model = tp_mrs.load(out / "model.safetensors")
     assert model(torch.rand(1, 1, 32, 32)).shape == (1, 10)
+    assert model.class_names == list("0123456789")
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "sensitivity.svg").read_text()
     assert sorted(path.name for path in out.iterdir()) == [

@@ -85,6 +85,7 @@ def test_tiny_imagenet_as_published(tmp_path: Path) -> None:
     check(data)
     assert [label for _, label in (data.test[i] for i in range(4))] == [0, 0, 0, 1]  # classes in sorted order
     assert data.num_classes == 2
+    assert data.class_names == ("n01", "n02")
 
 
 def test_svhn_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,7 @@ def test_svhn_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     data: Any = load_data("svhn", tmp_path)
     check(data)
     assert [label for _, label in data.test] == [1, 2, 0, 4, 5]  # the digit 0 is written as 10
+    assert data.class_names == tuple("0123456789")
 
 
 def test_folders_of_images(tmp_path: Path) -> None:
@@ -107,6 +109,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     data = load_data("image-folder", tmp_path, image_size=48)
     check(data)
     assert (data.num_classes, data.shape) == (2, (3, 48, 48))
+    assert data.class_names == ("cat", "dog")
 
 
 @pytest.mark.parametrize("name", [name for name in LOADERS if name != "digits"])

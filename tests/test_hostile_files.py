@@ -100,6 +100,19 @@ def test_other_content(content: bytes, tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_tensor_larger_than_memory_is_not_read(tmp_path: Path) -> None:
+    path, count = tmp_path / "m.safetensors", 10**11
+    entry = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
+    header = json.dumps({"0.weight": entry}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4 * count)  # 400 GB of nothing: a sparse file
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"path: .*(doesn't fit|cannot read)"):
+        load(path, factory=small_cnn)
+    assert time.monotonic() - start < 5
+
+
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path: cannot read .*there is no such file"):
         load(tmp_path / "nothing.safetensors")

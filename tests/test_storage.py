@@ -288,6 +288,10 @@ class WithState(nn.Linear):
         ("resnet18", "model: expected a torch.nn.Module, got str"),
         (nn.Linear(3, 3, device="meta"), "model: its tensor weight is on the meta device"),
         (nn.Linear(3, 3, dtype=torch.complex64), "model: its tensor weight is torch.strided torch.complex64"),
+        (
+            normalize(small_cnn(), [0.1] * 3, [float("inf")] * 3),
+            "model: its normalisation or arguments cannot be written",
+        ),
         (WithState(3, 3), "model: _extra_state of its state is no parameter or buffer"),
     ],
 )

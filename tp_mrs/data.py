@@ -150,7 +150,7 @@ def _torchvision(
 ) -> ImageData:
     try:
         train = make(True, _augmentation(32, flip=flip))
-        names = getattr(train, "classes", None)
+        names = getattr(train, "classes", [str(digit) for digit in range(num_classes)])  # SVHN's are digits
         return ImageData(
             name,
             num_classes,
@@ -160,7 +160,7 @@ def _torchvision(
             train,
             make(True, _TO_TENSOR),
             make(False, _TO_TENSOR),
-            tuple(names) if names else None,
+            tuple(names),
         )
     except RuntimeError as error:
         raise InputError(f"data_dir: found no usable {name} ({error})") from error

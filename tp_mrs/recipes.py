@@ -72,7 +72,7 @@ def check_recipe(recipe: object) -> dict[str, Any]:
             raise InputError(f"recipe: {value[:80]!r} is not a timm option")
     total = sum(min(abs(value), 2 * LARGEST_SUM) for value in values if isinstance(value, (int, float)))
     sizes = [size for key in ("img_size", "image_size") for size in _values(recipe.get(key)) if isinstance(size, int)]
-    if total > LARGEST_SUM or max(sizes, default=0) > LARGEST_IMAGE:
+    if not total <= LARGEST_SUM or max(sizes, default=0) > LARGEST_IMAGE:  # NaN is beyond, too
         raise InputError("recipe: its sizes are beyond any timm model's; if they are meant, pass factory=")
     return recipe
 

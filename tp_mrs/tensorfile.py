@@ -48,9 +48,12 @@ def write(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, T
     """Write `tensors` and `metadata`, JSON to be, as one file; whole or not at all.
 
     Raises:
-        InputError: the metadata is too long, or the file cannot be written.
+        InputError: the metadata is too long or holds NaN, or the file cannot be written.
     """
-    text = json.dumps({"format": FORMAT, **metadata}, allow_nan=False)
+    try:
+        text = json.dumps({"format": FORMAT, **metadata}, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"model: its normalisation or arguments cannot be written down ({error})") from error
     if len(text) > MOST_METADATA:
         raise InputError(f"class_names: the metadata takes {len(text)} characters, at most {MOST_METADATA} can be kept")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -136,7 +139,7 @@ def _open(file: Path, path: str) -> tuple[mmap.mmap, dict[str, Any], int]:
             pass
         with file.open("rb") as opened:
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file too, and fails by RuntimeError
         if _is_pickle(file):
             raise InputError(
                 f"path: {file} is a pickle (torch.save), which can run code and is never opened here; where you trust "
