@@ -49,25 +49,27 @@ def refresh(model: nn.Module) -> nn.Module:
     the new width, as fused attention computes it, and the queries make up for that, so that the function stays. Other
     modules are left as they are. Calling again changes nothing. Returns the model.
     """
-    for module in prunable_attention(model):
-        _refresh_attention(module)
-    for module in model.modules():
-        if isinstance(module, Scale):
-            module.shape = (len(module.scale), *module.shape[1:])
+    before = [(module, module.scale) for module in prunable_attention(model)]
+    take_sizes(model)
+    for module, scale in before:
+        if module.scale != scale:
+            for tensor in (module.qkv.weight, module.qkv.bias):
+                if tensor is not None:
+                    tensor.data[: module.attn_dim] *= scale / module.scale
     return model
 
 
-def _refresh_attention(module: Any) -> None:
-    heads = vars(module.qkv).pop("tp_mrs_num_heads", module.num_heads)
-    width = module.qkv.out_features // 3
-    if width != module.attn_dim:
-        module.num_heads, module.attn_dim, module.head_dim = heads, width, width // heads
-    scale = module.head_dim**-0.5
-    if module.scale != scale:
-        for tensor in (module.qkv.weight, module.qkv.bias):
-            if tensor is not None:
-                tensor.data[:width] *= module.scale / scale
-        module.scale = scale
+def take_sizes(model: nn.Module) -> None:
+    """The part of `refresh` that changes no weights: for weights that come from a model that has been refreshed."""
+    for module in prunable_attention(model):
+        heads = vars(module.qkv).pop("tp_mrs_num_heads", module.num_heads)
+        width = module.qkv.out_features // 3
+        if width != module.attn_dim:
+            module.num_heads, module.attn_dim, module.head_dim = heads, width, width // heads
+            module.scale = module.head_dim**-0.5
+    for module in model.modules():
+        if isinstance(module, Scale):
+            module.shape = (len(module.scale), *module.shape[1:])
 
 
 def rigid_attention(model: nn.Module) -> Iterator[nn.Module]:

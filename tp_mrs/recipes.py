@@ -152,11 +152,15 @@ def _values(content: object, depth: int = 0) -> Iterator[object]:
         raise InputError(f"recipe: expected plain values, got {type(content).__name__}")
 
 
+_FOLLOWING = ("training", "normalized_shape", "scale", "shape")
+"""Attributes that follow the sizes, or the mode."""
+
+
 def _structure(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     """Names, classes and settings of all modules, apart from the sizes that pruning changes."""
 
     def is_setting(name: str, value: object) -> bool:
-        return isinstance(value, (str, bool, float, tuple)) and name not in ("training", "normalized_shape")
+        return isinstance(value, (str, bool, float, tuple)) and name not in _FOLLOWING
 
     return [
         (name, type(module).__name__, {key: value for key, value in vars(module).items() if is_setting(key, value)})

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import tensorfile
 from ._version import versions
+from .architectures import take_sizes
 from .errors import InputError, check_device
 from .models import normalization, normalize
-from .pruning import refresh
 from .recipes import check_recipe, find_recipe, skeleton
 from .shapes import Conv, check_fit, fill, slots
 
@@ -98,7 +98,7 @@ def load(
         fill(places, tensors, groups=metadata.groups)
         if metadata.normalize is not None:
             normalize(model, *metadata.normalize)
-        refresh(model)
+        take_sizes(model)
     if metadata.class_names is not None:
         model.class_names = metadata.class_names
     if made is not None or device.type != "cpu" or dtype is not None:
