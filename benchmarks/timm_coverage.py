@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from tp_mrs.files import read_json, write_json
 from tp_mrs.pruning import PRUNING_ERRORS, build_pruner, count
 
 RESULT = RESULTS / "timm_coverage.json"
+README = Path(__file__).parents[1] / "README.md"
 FORMAT = "tp_mrs.timm_coverage/1"
-LARGEST_IMAGE, CLASSES, RATIO, TIMEOUT = 224, 10, 0.5, 1200
+LARGEST_IMAGE, CLASSES, RATIO, TIMEOUT = 224, 10, 0.5, 900
 STEPS = ("proven", "prunes", "trains", "saved", "exported")
 FAILURES = (*PRUNING_ERRORS, tp_mrs.InputError, NotImplementedError)
 
@@ -45,12 +47,13 @@ def main() -> None:
         print(json.dumps(examine(*arguments.family)))
         return
     if not arguments.report:
-        run(arguments.only)
-    fill("timm_coverage", table(), Path(__file__).parent / "README.md")
+        run(arguments.only, arguments.jobs)
+    fill("timm_coverage", f"{summary()}\n\n{table()}")
+    fill("timm_summary", f"{summary()} The table is in [benchmarks](benchmarks/README.md#families-of-timm).", README)
 
 
-def run(only: list[str] | None) -> None:
-    """Examine the families that have no result, or the given ones, each in its own process."""
+def run(only: list[str] | None, jobs: int) -> None:
+    """Examine the families that have no result, or the given ones, each in its own process, so many at a time."""
     result: dict[str, Any] = {"format": FORMAT, "members": {}, "families": {}}
     if RESULT.exists():
         result = read_json(RESULT, FORMAT)
@@ -59,9 +62,11 @@ def run(only: list[str] | None) -> None:
         result["members"] = members()
         write_json(RESULT, result)
     names = only or [name for name in result["members"] if name not in result["families"]]
-    for name in tqdm(names, "families"):
-        result["families"][name] = _in_process(result["members"][name])
-        write_json(RESULT, result)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(_in_process, result["members"][name]): name for name in names}
+        for done in tqdm(as_completed(waiting), "families", total=len(names)):
+            result["families"][waiting[done]] = done.result()
+            write_json(RESULT, result)
 
 
 def members() -> dict[str, list[str]]:
@@ -176,16 +181,22 @@ class _Case:
                 tp_mrs.export(self.model, Path(folder) / f"model.{suffix}", self.images)
 
 
-def table() -> str:
-    """The results as Markdown."""
+def summary() -> str:
+    """How many families work fully."""
     result = read_json(RESULT, FORMAT)
-    families = result["families"]
-    full = [name for name, row in families.items() if all(row.get(step) for step in STEPS)]
+    families = result["families"].values()
+    full = sum(all(row.get(step) for step in STEPS) for row in families)
+    return (
+        f"Of timm's {len(families)} families of models, {full} ({full / len(families):.0%}) were pruned by "
+        f"{RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at most "
+        f"{LARGEST_IMAGE} px; timm {result['versions']['timm']}, Torch-Pruning {result['versions']['torch-pruning']})."
+    )
+
+
+def table() -> str:
+    """The results as Markdown; MACs and parameters are what is left."""
+    families = read_json(RESULT, FORMAT)["families"]
     lines = [
-        f"{len(full)} of {len(families)} families work fully ({len(full) / len(families):.0%}). Pruning ratio "
-        f"{RATIO}, uniform; MACs and parameters are what is left. On {result['device']}, timm "
-        f"{result['versions']['timm']}, Torch-Pruning {result['versions']['torch-pruning']}.",
-        "",
         "| family | member | px | groups | MACs | params | " + " | ".join(STEPS) + " | reason |",
         "| --- | --- | ---: | ---: | ---: | ---: |" + " :-: |" * len(STEPS) + " --- |",
     ]
@@ -201,6 +212,7 @@ def table() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="examine these anew")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
     parser.add_argument("--report", action="store_true", help="write the table from the results there are")
     parser.add_argument("--family", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is given
     return parser
