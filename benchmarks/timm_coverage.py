@@ -101,8 +101,8 @@ def examine(*candidates: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     for name in candidates:
-        size = min(timm.get_pretrained_cfg(name).input_size[-1], LARGEST_IMAGE)
-        for arguments in ({}, {"img_size": size}):
+        for size, fixed in ((128, False), (LARGEST_IMAGE, False), (LARGEST_IMAGE, True)):
+            arguments: dict[str, Any] = {"img_size": size} if fixed else {}
             try:
                 model = tp_mrs.create_model(name, num_classes=CLASSES, image_size=size, **arguments).eval()
                 images = torch.rand(1, 3, size, size)
@@ -188,8 +188,9 @@ def summary() -> str:
     full = sum(all(row.get(step) for step in STEPS) for row in families)
     return (
         f"Of timm's {len(families)} families of models, {full} ({full / len(families):.0%}) were pruned by "
-        f"{RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at most "
-        f"{LARGEST_IMAGE} px; timm {result['versions']['timm']}, Torch-Pruning {result['versions']['torch-pruning']})."
+        f"{RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at "
+        f"most {LARGEST_IMAGE} px; timm {result['versions']['timm']}, Torch-Pruning "
+        f"{result['versions']['torch-pruning']})."
     )
 
 

@@ -155,6 +155,36 @@ def test_halves_that_go_separate_ways_are_fenced() -> None:
     assert prunable(Net(lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], dim=1))) == {"b": 6}
 
 
+class Ghost(nn.Module):
+    """Features and cheap copies of them, joined, and added to others of the whole width."""
+
+    def __init__(self, *, uneven: bool = False) -> None:
+        super().__init__()
+        self.a, self.copy = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.third = nn.Conv2d(3, 4, 1) if uneven else None
+        width = 20 if uneven else 16
+        self.other, self.b, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        parts = [y, self.copy(y).relu()] + ([] if self.third is None else [self.third(x)])
+        return self.head(self.b(torch.cat(parts, dim=1) + self.other(x)).mean((2, 3)))
+
+
+def test_copies_of_channels_go_together() -> None:
+    model = Ghost()
+    assert pruner_kwargs_after_tracing(model) == {model.other: 2}
+    assert prunable(model) == {"other": 8, "b": 6}
+    assert "b" in prunable(Ghost(uneven=True))
+    assert len(prunable(Ghost(uneven=True))) == 1
+
+
+def pruner_kwargs_after_tracing(model: nn.Module) -> dict[nn.Module, int]:
+    arguments = pruner_kwargs(model)
+    tp.pruner.BasePruner(model, IMAGES, importance=tp.importance.MagnitudeImportance(), **arguments)
+    return {layer: count for layer, count in arguments["out_channel_groups"].items() if layer is not model.copy}
+
+
 def test_changes_in_place() -> None:
     def between(x: Tensor) -> Tensor:
         y = x.relu()
@@ -211,15 +241,20 @@ def test_bare_parameters() -> None:
         assert prunable(Parameters()) == {"a": 8, "b": 6}
 
 
+KINDS = ("conv", "depthwise", "ghost", "grouped", "residual", "dense", "gate", "chunk", "norm")
+
+
 @st.composite
 def networks(draw: Any) -> nn.Module:
     """Stacks of what networks are made of."""
     layers: list[nn.Module] = [nn.Conv2d(3, 8, 1)]
     width = 8
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["conv", "depthwise", "grouped", "residual", "dense", "gate", "chunk", "norm"]))
+        kind = draw(
+            st.sampled_from(["conv", "depthwise", "ghost", "grouped", "residual", "dense", "gate", "chunk", "norm"])
+        )
         layers.append(Block(kind, width))
-        width = {"dense": 2 * width, "chunk": width // 2 or 1}.get(kind, width)
+        width = {"dense": 2 * width, "ghost": 2 * width, "chunk": width // 2 or 1}.get(kind, width)
         if not 4 <= width <= 32:
             layers.append(nn.Conv2d(width, 8, 1))
             width = 8
@@ -234,7 +269,7 @@ class Block(nn.Module):
     def __init__(self, kind: str, width: int) -> None:
         super().__init__()
         self.kind = kind
-        groups = {"depthwise": width, "grouped": 2}.get(kind, 1)
+        groups = {"depthwise": width, "ghost": width, "grouped": 2}.get(kind, 1)
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=groups)
         self.norm: nn.Module = nn.GroupNorm(2, width) if kind == "norm" else nn.BatchNorm2d(width)
 
@@ -242,7 +277,7 @@ class Block(nn.Module):
         y = self.norm(self.conv(x))
         if self.kind == "residual":
             return x + y.relu()
-        if self.kind == "dense":
+        if self.kind in ("dense", "ghost"):
             return torch.cat([x, y], dim=1)
         if self.kind == "gate":
             return x * y.mean((2, 3), keepdim=True).sigmoid()

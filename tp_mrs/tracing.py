@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from .architectures import LAYERS, prunable_attention, rigid_attention, stiff
 from .borrowing import preserved_caches
 from .layouts import Layout, find_layout, numbered
+from .widths import Widths
 
 # --- how Torch-Pruning sees the nodes ------------------------------------------------------------------------------
 
@@ -138,8 +139,8 @@ def trace(model: nn.Module, example_inputs: Any, *, channel_groups: dict[nn.Modu
     Args:
         model: in eval mode.
         example_inputs: a tensor, or the model's positional or named arguments.
-        channel_groups: the pruner's `out_channel_groups`. Gets an entry for each layer whose outputs are halved, and
-            the halves joined again channel by channel, as in gated units.
+        channel_groups: the pruner's `out_channel_groups`. Gets an entry for each layer some of whose channels can only
+            go together, as the halves of gated units, or what meets a concatenation of a tensor with itself.
     """
     inputs = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     tracer = _Tracer(model)
@@ -147,7 +148,7 @@ def trace(model: nn.Module, example_inputs: Any, *, channel_groups: dict[nn.Modu
         with tracer:
             outputs = model(**example_inputs) if isinstance(example_inputs, dict) else model(*inputs)
         shown = [tracer.final(tensor) for tensor in _tensors(outputs) if tensor.requires_grad]
-    channel_groups.update(dict.fromkeys(tracer.halved_layers(), 2))
+    channel_groups.update(tracer.repeated_layers())
     return shown
 
 
@@ -164,7 +165,8 @@ class _Tracer(TorchFunctionMode):
         self._halves: dict[int, set[tuple[int, int]]] = {}  # of which wholes a tensor contains which halves
         self._joined: dict[int, Tensor] = {}  # what was concatenated, until a layer takes it
         self._bare: dict[int, Tensor] = {}  # what was made of parameters alone
-        self._makers: dict[int, nn.Module] = {}  # the layer whose outputs a tensor's channels are
+        self._joins: list[tuple[Tensor, list[Tensor]]] = []
+        self._widths = Widths()
         self._readable = set(prunable_attention(model))
         self._rigid = set(rigid_attention(model))
 
@@ -200,17 +202,18 @@ class _Tracer(TorchFunctionMode):
             return inputs
         return (self.fence(inputs[0]), *inputs[1:])
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self._inside -= 1
         if self._inside or not isinstance(output, Tensor):
             return
         if isinstance(module, LAYERS) or module in self._readable:
             self._set(output, -1 if not isinstance(module, nn.modules.conv._ConvNd) else 1 - output.dim())
-            self._makers[id(output)] = module
+            if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1:
+                self._widths.unite([inputs[0], output])
+            self._widths.own(module.proj if module in self._readable else module, output)
         elif isinstance(module, NORMS) and output.shape == inputs[0].shape:
             self._set(output, self.axis(inputs[0]))
-            if id(inputs[0]) in self._makers:
-                self._makers[id(output)] = self._makers[id(inputs[0])]
+            self._widths.unite([inputs[0], output])
 
     def _fence_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(self.fence(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
@@ -221,12 +224,29 @@ class _Tracer(TorchFunctionMode):
 
     def final(self, output: Tensor) -> Tensor:
         """The model's output behind a fence, and behind others what has turned out to need one."""
-        late = [self._open(self.fence(whole)) for whole, met in self._halved.values() if not met]
+        unclear = [whole for whole, met in self._halved.values() if not met]
+        unclear += [joined for joined, parts in self._joins if self._repeats(joined, parts) == 0]
+        late = [self._open(self.fence(tensor)) for tensor in unclear]
         return self._link(Same, [output], [self.fence(output), *late])[0]
 
-    def halved_layers(self) -> list[nn.Module]:
-        """The layers whose outputs were halved, and the halves met again."""
-        return [self._makers[whole] for whole, (_, met) in self._halved.items() if met]
+    def repeated_layers(self) -> dict[nn.Module, int]:
+        """Layers whose outputs can only go together with others, at regular distances → how many at a time."""
+        found = {layer: 2 for whole, met in self._halved.values() if met for layer in self._widths.owners(whole)}
+        for joined, parts in self._joins:
+            times = self._repeats(joined, parts)
+            if times > 1:
+                found.update(dict.fromkeys(self._widths.owners(joined), times))
+        return found
+
+    def _repeats(self, joined: Tensor, parts: Sequence[Tensor]) -> int:
+        """How often all channels of a concatenation occur in it; 0 if some do more often than others."""
+        classes = [self._widths.find(part) for part in parts]
+        if self._widths.find(joined) in classes:
+            return 0
+        if len(set(classes)) == 1:
+            return len(classes)
+        repeated = len(set(classes)) < len(classes)
+        return 0 if repeated and self._widths.owners(joined) else 1
 
     # tensors
 
@@ -279,6 +299,7 @@ class _Tracer(TorchFunctionMode):
         self._axes.pop(id(changed), None)
         if same is not None and len(same[1]) == len(operands):
             self._set(changed, same[0])
+            self._inherit([x for x in operands if x is not changed], changed)
         return output
 
     def _show(self, call: _Call) -> list[Tensor]:
@@ -327,10 +348,7 @@ class _Tracer(TorchFunctionMode):
 
     def _inherit(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """The output's channels come from where the inputs' came; see whether two halves meet in it."""
-        makers = {self._makers.get(id(x)) for x in inputs}
-        maker = makers.pop()
-        if maker is not None and not makers:
-            self._makers[id(output)] = maker
+        self._widths.unite([output, *inputs])
         if any(id(x) in self._joined for x in inputs):
             self._joined[id(output)] = output
         halves = {half for x in inputs for half in self._halves.get(id(x), ())}
@@ -374,6 +392,7 @@ class _Tracer(TorchFunctionMode):
     def _join(self, columns: Sequence[Tensor]) -> Tensor:
         joined = torch.cat(list(columns), dim=1)
         self._joined[id(joined)] = joined
+        self._joins.append((joined, list(columns)))
         return joined
 
     def _stack(self, call: _Call) -> list[Tensor]:
@@ -420,7 +439,7 @@ class _Tracer(TorchFunctionMode):
         if layout is Layout.INTERLEAVED:
             return id(origin) not in self._joined and not self._halves.get(id(origin))
         if layout in HALVING:  # at a place that may stand in the code as a number, unless it is called a chunk
-            return id(origin) in self._makers and (layout is Layout.HALVES or call.name == "chunk")
+            return bool(self._widths.owners(origin)) and (layout is Layout.HALVES or call.name == "chunk")
         return True
 
     def _note_half(self, origin: Tensor, output: Tensor, layout: Layout) -> None:
