@@ -165,6 +165,8 @@ class _Tracer(TorchFunctionMode):
         self._halves: dict[int, set[tuple[int, int]]] = {}  # of which wholes a tensor contains which halves
         self._joined: dict[int, Tensor] = {}  # what was concatenated, until a layer takes it
         self._bare: dict[int, Tensor] = {}  # what was made of parameters alone
+        self._cut: list[Tensor] = []  # halves, wholes, parts of concatenations and what was made of them
+        self._grouped: list[Tensor] = []  # what comes in groups of channels, before and after it does
         self._joins: list[tuple[Tensor, list[Tensor]]] = []
         self._widths = Widths()
         self._readable = set(prunable_attention(model))
@@ -197,8 +199,7 @@ class _Tracer(TorchFunctionMode):
         if self._inside > 1 or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
             return inputs
         axis = self.axis(inputs[0])
-        misread = is_grouped(module) and id(inputs[0]) in self._joined
-        if axis == expected_axis(module, inputs[0], axis) and not misread:
+        if axis == expected_axis(module, inputs[0], axis):
             return inputs
         return (self.fence(inputs[0]), *inputs[1:])
 
@@ -206,6 +207,8 @@ class _Tracer(TorchFunctionMode):
         self._inside -= 1
         if self._inside or not isinstance(output, Tensor):
             return
+        if is_grouped(module):
+            self._grouped += [inputs[0], output]
         if isinstance(module, LAYERS) or module in self._readable:
             self._set(output, -1 if not isinstance(module, nn.modules.conv._ConvNd) else 1 - output.dim())
             if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1:
@@ -226,7 +229,9 @@ class _Tracer(TorchFunctionMode):
         """The model's output behind a fence, and behind others what has turned out to need one."""
         unclear = [whole for whole, met in self._halved.values() if not met]
         unclear += [joined for joined, parts in self._joins if self._repeats(joined, parts) == 0]
-        late = [self._open(self.fence(tensor)) for tensor in unclear]
+        cut = {self._widths.find(tensor) for tensor in self._cut}
+        unclear += [tensor for tensor in self._grouped if self._widths.find(tensor) in cut]
+        late = [self._open(self.fence(tensor)) for tensor in unclear if tensor.requires_grad]
         return self._link(Same, [output], [self.fence(output), *late])[0]
 
     def repeated_layers(self) -> dict[nn.Module, int]:
@@ -243,10 +248,17 @@ class _Tracer(TorchFunctionMode):
         classes = [self._widths.find(part) for part in parts]
         if self._widths.find(joined) in classes:
             return 0
+        inner = {self._repeats_within(part) for part in parts}
         if len(set(classes)) == 1:
-            return len(classes)
-        repeated = len(set(classes)) < len(classes)
-        return 0 if repeated and self._widths.owners(joined) else 1
+            return len(classes) * inner.pop()
+        uneven = len(set(classes)) < len(classes) or inner != {1}
+        return 0 if uneven and self._widths.owners(joined) else 1
+
+    def _repeats_within(self, part: Tensor) -> int:
+        """How often the channels of a part occur in itself, it being a concatenation."""
+        same = [join for join in self._joins if self._widths.find(join[0]) == self._widths.find(part)]
+        times = {self._repeats(*join) for join in same}
+        return max(times, default=1) if 0 not in times else 0
 
     # tensors
 
@@ -393,6 +405,7 @@ class _Tracer(TorchFunctionMode):
         joined = torch.cat(list(columns), dim=1)
         self._joined[id(joined)] = joined
         self._joins.append((joined, list(columns)))
+        self._cut += [joined, *columns]
         return joined
 
     def _stack(self, call: _Call) -> list[Tensor]:
@@ -446,6 +459,7 @@ class _Tracer(TorchFunctionMode):
         met = self._halved.get(id(origin), (origin, False))[1]
         self._halved[id(origin)] = origin, met or layout is Layout.HALVES
         self._halves[id(output)] = {(id(origin), side) for side in HALVING[layout]}
+        self._cut += [origin, output]
 
     def _numbered(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The tensor whose channels were moved about, and their numbers as they lie now."""
@@ -487,7 +501,7 @@ class _Call:
 
 
 def is_grouped(module: nn.Module) -> bool:
-    """Whether channels are in groups of several, which Torch-Pruning looks for in each part of a concatenation."""
+    """Whether channels are in groups of several, which Torch-Pruning would look for in each part of a concatenation."""
     if isinstance(module, nn.GroupNorm):
         return 1 < module.num_groups < module.num_channels
     return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.in_channels
