@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import tp_mrs
 from tests.conftest import small_resnet, unchanged
 from tp_mrs.pruning import prunable_groups, pruner_kwargs
+from tp_mrs.tracing import reasons_to_keep
 
 IMAGES = torch.rand(1, 3, 8, 8)
 
@@ -151,6 +151,14 @@ def test_the_rest_is_fenced(between: Callable[[Tensor], Tensor]) -> None:
     assert prunable(Net(between)) == {"b": 6}
 
 
+def test_reasons_are_given() -> None:
+    assert reasons_to_keep(Net(lambda x: x.cumsum(1)), IMAGES) == {"a": "cumsum mixes or moves the channels"}
+    assert reasons_to_keep(Net(patches, linear=True), IMAGES) == {}
+    assert list(reasons_to_keep(Net(shuffle), IMAGES)) == ["a"]
+    with pytest.raises(tp_mrs.InputError, match=r"no prunable layers.*\(0: Linear takes another axis"):
+        prunable_groups(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Linear(64, 10)), IMAGES)
+
+
 def test_halves_that_go_separate_ways_are_fenced() -> None:
     assert prunable(Net(lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], dim=1))) == {"b": 6}
 
@@ -236,9 +244,7 @@ class Parameters(nn.Module):
 
 def test_bare_parameters() -> None:
     """The map of positions has its last axis where the images have theirs, and leaves the channels alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert prunable(Parameters()) == {"a": 8, "b": 6}
+    assert prunable(Parameters()) == {"a": 8, "b": 6}
 
 
 KINDS = ("conv", "depthwise", "ghost", "grouped", "residual", "dense", "gate", "chunk", "norm")

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .borrowing import preserved_rng
 from .errors import check_example_inputs
 from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, refresh, rooted_groups
+from .tracing import reasons_to_keep
 
 TOLERANCE = 1e-10
 """Largest change of an output, relative to the largest output, that rounding in double precision may explain."""
@@ -65,9 +66,16 @@ class GroupCheck:
 
 @dataclass(frozen=True)
 class CouplingReport:
-    """The outcome of `check_coupling`: one check for each group, in the order of the dependency graph."""
+    """The outcome of `check_coupling`.
+
+    Attributes:
+        checks: one for each group, in the order of the dependency graph.
+        kept: name of each layer whose outputs can't be pruned, because they run into something that Torch-Pruning could
+            not follow → what that is.
+    """
 
     checks: tuple[GroupCheck, ...]
+    kept: Mapping[str, str]
 
     @property
     def proven(self) -> bool:
@@ -88,6 +96,9 @@ class CouplingReport:
         for check in self.checks:
             numbers = f"{check.units:>5}  {check.swapped:>8.1e}  {check.control:>8.1e}  {check.pruned:>8.1e}"
             lines.append(f"{check.group:<{width}}  {numbers}  {check.fault or ''}".rstrip())
+        if self.kept:
+            lines.append("not pruned, because their outputs can't be followed:")
+            lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -130,7 +141,7 @@ def check_coupling(
             for group, split in zip(groups, splits, strict=True)
         ]
         checks = _check_pruning(probe, images, checks, splits)
-        return CouplingReport(tuple(check.judged() for check in checks))
+        return CouplingReport(tuple(check.judged() for check in checks), reasons_to_keep(probe, images))
 
 
 def _check_swap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .architectures import LAYERS, NumHeads, fixed_layers, module_pruners, refresh
 from .borrowing import borrowed
 from .errors import InputError, check_example_inputs
-from .tracing import node_pruners, trace
+from .tracing import node_pruners, reasons_to_keep, trace
 
 
 def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
@@ -97,7 +98,9 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
             raise InputError(
                 f"example_inputs: the model cannot run on {tuple(example_inputs.shape)}: {error}"
             ) from error
-        return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters")  # the trace sees to them
+            return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
 
 
 PRUNING_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, KeyError)
@@ -160,7 +163,11 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
     found = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
     groups = [group for raw in found if (group := _describe_group(pruner, raw, names)) is not None]
     if not groups:
-        raise InputError("model: it has no prunable layers; besides its classifier it needs a conv or linear layer")
+        reasons = [f"{name}: {reason}" for name, reason in reasons_to_keep(model, example_inputs).items()]
+        raise InputError(
+            "model: it has no prunable layers; besides its classifier it needs a conv or linear layer whose channels "
+            f"can be followed ({'; '.join(reasons[-3:]) or 'it has none'})"
+        )
     return groups
 
 

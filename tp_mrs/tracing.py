@@ -13,7 +13,7 @@ each operation as one of four kinds, whatever it is made of:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .architectures import LAYERS, prunable_attention, rigid_attention, stiff
-from .borrowing import preserved_caches
+from .borrowing import borrowed, preserved_caches
 from .layouts import Layout, find_layout, numbered
 from .widths import Widths
 
@@ -133,7 +133,23 @@ HALVING = {Layout.FIRST_HALF: (0,), Layout.SECOND_HALF: (1,), Layout.HALVES: (0,
 """Which halves of the channels a layout holds."""
 
 
-def trace(model: nn.Module, example_inputs: Any, *, channel_groups: dict[nn.Module, int]) -> Any:
+def reasons_to_keep(model: nn.Module, example_inputs: Tensor) -> dict[str, str]:
+    """Name of each layer whose outputs Torch-Pruning could not follow → what they run into, in words."""
+    kept: dict[nn.Module, str] = {}
+    with borrowed(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        trace(model, example_inputs, channel_groups={}, kept=kept)
+    return {name: kept[module] for name, module in model.named_modules() if module in kept}
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    channel_groups: dict[nn.Module, int],
+    kept: dict[nn.Module, str] | None = None,
+) -> Any:
     """Run `model` for Torch-Pruning's tracer: a `forward_fn` for pruners, once `channel_groups` is given.
 
     Args:
@@ -141,6 +157,7 @@ def trace(model: nn.Module, example_inputs: Any, *, channel_groups: dict[nn.Modu
         example_inputs: a tensor, or the model's positional or named arguments.
         channel_groups: the pruner's `out_channel_groups`. Gets an entry for each layer some of whose channels can only
             go together, as the halves of gated units, or what meets a concatenation of a tensor with itself.
+        kept: gets an entry for each layer whose outputs run into a fence, and why.
     """
     inputs = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     tracer = _Tracer(model)
@@ -149,6 +166,8 @@ def trace(model: nn.Module, example_inputs: Any, *, channel_groups: dict[nn.Modu
             outputs = model(**example_inputs) if isinstance(example_inputs, dict) else model(*inputs)
         shown = [tracer.final(tensor) for tensor in _tensors(outputs) if tensor.requires_grad]
     channel_groups.update(tracer.repeated_layers())
+    if kept is not None:
+        kept.update(tracer.kept)
     return shown
 
 
@@ -169,6 +188,7 @@ class _Tracer(TorchFunctionMode):
         self._grouped: list[Tensor] = []  # what comes in groups of channels, before and after it does
         self._joins: list[tuple[Tensor, list[Tensor]]] = []
         self._widths = Widths()
+        self.kept: dict[nn.Module, str] = {}
         self._readable = set(prunable_attention(model))
         self._rigid = set(rigid_attention(model))
 
@@ -201,7 +221,8 @@ class _Tracer(TorchFunctionMode):
         axis = self.axis(inputs[0])
         if axis == expected_axis(module, inputs[0], axis):
             return inputs
-        return (self.fence(inputs[0]), *inputs[1:])
+        reason = f"{type(module).__name__} takes another axis for the channels, or can't be pruned"
+        return (self.fence(inputs[0], reason), *inputs[1:])
 
     def _leave(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self._inside -= 1
@@ -219,10 +240,12 @@ class _Tracer(TorchFunctionMode):
             self._widths.unite([inputs[0], output])
 
     def _fence_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(self.fence(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
+        reason = f"{type(module).__name__} takes sizes from its input"
+        return tuple(self.fence(x, reason) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
-    def fence(self, tensor: Tensor) -> Tensor:
+    def fence(self, tensor: Tensor, reason: str) -> Tensor:
         """The same values; the layers that made them keep their width."""
+        self._keep([tensor], reason)
         return self._link(ExpandFence, [tensor], [tensor])[0]
 
     def final(self, output: Tensor) -> Tensor:
@@ -231,8 +254,14 @@ class _Tracer(TorchFunctionMode):
         unclear += [joined for joined, parts in self._joins if self._repeats(joined, parts) == 0]
         cut = {self._widths.find(tensor) for tensor in self._cut}
         unclear += [tensor for tensor in self._grouped if self._widths.find(tensor) in cut]
-        late = [self._open(self.fence(tensor)) for tensor in unclear if tensor.requires_grad]
-        return self._link(Same, [output], [self.fence(output), *late])[0]
+        reason = "parts of the channels are joined with others or go separate ways"
+        late = [self._open(self.fence(tensor, reason)) for tensor in unclear if tensor.requires_grad]
+        return self._link(Same, [output], [*self._link(ExpandFence, [output], [output]), *late])[0]
+
+    def _keep(self, tensors: Iterable[Tensor], reason: str) -> None:
+        for tensor in tensors:
+            origin = self._scattered[id(tensor)][1] if id(tensor) in self._scattered else tensor
+            self.kept.update((layer, reason) for layer in self._widths.owners(origin) if layer not in self.kept)
 
     def repeated_layers(self) -> dict[nn.Module, int]:
         """Layers whose outputs can only go together with others, at regular distances → how many at a time."""
@@ -332,6 +361,7 @@ class _Tracer(TorchFunctionMode):
 
     def _fenced(self, call: _Call) -> list[Tensor]:
         inputs = [x for x in call.operands if not isinstance(x, nn.Parameter)]
+        self._keep(inputs, f"{call.name} mixes or moves the channels")
         return self._link(ExpandFence, call.outputs, inputs) if inputs else call.outputs
 
     def _link(
