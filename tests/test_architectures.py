@@ -154,3 +154,25 @@ def test_layers_of_rigid_attention_keep_their_size() -> None:
 def test_classifiers_and_stiff_layers_are_ignored() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Flatten(), nn.Linear(32, 2))
     assert tp_mrs.pruner_kwargs(model)["ignored_layers"] == [model[3], model[1]]
+
+
+@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="this torch has no nn.RMSNorm")
+def test_rms_norms_follow() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b, self.head = nn.Conv2d(3, 8, 1), nn.RMSNorm(8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.norm(self.a(x).flatten(2).transpose(1, 2))).mean(1))
+
+    model, images = Net(), torch.rand(1, 3, 4, 4)
+    prune(model, images, pruning_ratio=0.5)
+    assert model.norm.normalized_shape == (4,)
+    assert model(images).shape == (1, 2)
+
+
+def test_no_model() -> None:
+    model: Any = "resnet18"
+    with pytest.raises(tp_mrs.InputError, match=r"model: expected a torch\.nn\.Module, got str"):
+        tp_mrs.pruner_kwargs(model)

@@ -161,9 +161,35 @@ def test_groups_of_one_unit_pass() -> None:
     assert {check.group: check.units for check in report.checks} == {"2": 6}
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e300])
+def test_a_model_without_finite_outputs_proves_nothing(factor: float) -> None:
+    model = small_cnn().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    with pytest.raises(tp_mrs.InputError, match="not finite"):
+        tp_mrs.check_coupling(model, torch.rand(1, 3, 16, 16, dtype=torch.float64))
+
+
+def test_outputs_of_any_form() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            logits = self.head(self.body(x).mean((2, 3)))
+            return {"logits": logits, "others": [logits.sum(1), (logits + 1,)]}
+
+    report = tp_mrs.check_coupling(Several(), torch.rand(1, 3, 4, 4))
+    assert {check.group for check in report.checks} == {"body"}
+    assert report.proven
+
+
 def test_nothing_prunable_proves_nothing() -> None:
     report = tp_mrs.check_coupling(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
     assert report.checks == ()
+    assert str(report) == "nothing of this model can be pruned"
     assert not report.proven
     assert math.isnan(coupling.GroupCheck("a", 1).swapped)
 

@@ -318,3 +318,42 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         save(small_cnn(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_plain_state_dict_of_a_pruned_model_is_refused(tmp_path: Path) -> None:
+    """It says neither how many heads are left nor how many groups."""
+    model = small_cnn()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["0.weight"], tensors["0.bias"] = tensors["0.weight"][:4].clone(), tensors["0.bias"][:4].clone()
+    safetensors.torch.save_file(tensors, tmp_path / "plain.safetensors")
+    with pytest.raises(InputError, match=r"tp_mrs\.save"):
+        load(tmp_path / "plain.safetensors", factory=small_cnn)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.first(x))
+        return y
+
+
+@pytest.mark.parametrize("parted", [True, False])
+def test_shared_weights(tmp_path: Path, parted: bool) -> None:
+    model, images = Tied(), torch.rand(2, 4)
+    if parted:
+        model.second.weight = nn.Parameter(torch.rand(4, 4))
+    again: Any = load(save(model, tmp_path / "tied.safetensors"), factory=Tied)
+    assert torch.equal(model(images), again(images))
+    assert (again.first.weight is again.second.weight) != parted
+
+
+def test_a_model_is_no_factory(tmp_path: Path) -> None:
+    path = save(small_cnn(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="factory: expected a function"):
+        load(path, factory=small_cnn())

@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch_pruning as tp
+from timm.layers import RmsNorm, RmsNorm2d
 from timm.layers.attention import Attention
 from timm.models.metaformer import Scale
 from torch import nn
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers that carry a sensitivity, and whose channels are pruned."""
+
+
+RMS_NORMS = tuple(kind for kind in (getattr(nn, "RMSNorm", None), RmsNorm, RmsNorm2d) if kind is not None)
 
 
 def prunable_attention(model: nn.Module) -> Iterator[Any]:
@@ -70,6 +74,8 @@ def take_sizes(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])
+        elif isinstance(module, RMS_NORMS) and isinstance(module.weight, nn.Parameter):
+            module.normalized_shape = tuple(module.weight.shape)
 
 
 def rigid_attention(model: nn.Module) -> Iterator[nn.Module]:
@@ -92,7 +98,8 @@ def fixed_layers(model: nn.Module) -> list[nn.Module]:
 def stiff(module: nn.Module) -> bool:
     """Whether Torch-Pruning cannot change the sizes of this module, though it would try."""
     if isinstance(module, nn.modules.conv._ConvNd):  # several outputs for each input of its own
-        return 1 < module.groups == module.in_channels != module.out_channels
+        several = module.groups == module.in_channels != module.out_channels
+        return module.groups > 1 and (several or module.transposed)
     return isinstance(module, (nn.LSTM, nn.MultiheadAttention))
 
 

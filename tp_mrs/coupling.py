@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .borrowing import preserved_rng
-from .errors import check_example_inputs
+from .errors import InputError, check_count, check_example_inputs
 from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, refresh, rooted_groups
-from .tracing import reasons_to_keep
+from .tracing import reasons_to_keep, tensors_in
 
 TOLERANCE = 1e-10
 """Largest change of an output, relative to the largest output, that rounding in double precision may explain."""
@@ -96,6 +96,8 @@ class CouplingReport:
         for check in self.checks:
             numbers = f"{check.units:>5}  {check.swapped:>8.1e}  {check.control:>8.1e}  {check.pruned:>8.1e}"
             lines.append(f"{check.group:<{width}}  {numbers}  {check.fault or ''}".rstrip())
+        if not self.checks:
+            lines = ["nothing of this model can be pruned"]
         if self.kept:
             lines.append("not pruned, because their outputs can't be followed:")
             lines += [f"  {name}: {reason}" for name, reason in self.kept.items()]
@@ -128,12 +130,15 @@ def check_coupling(
         the number from before. Groups of one unit can't be swapped or pruned; they pass.
     """
     check_example_inputs(model, example_inputs)
+    check_count("seed", seed, low=0)
     with preserved_rng(model, seed):
         probe = _randomised(copy.deepcopy(model).double().eval())
         images = torch.randn_like(example_inputs, dtype=torch.float64)
         pruner = build_pruner(probe, images)
         names = {module: name for name, module in probe.named_modules()}
         reference = _output(probe, images)
+        if not bool(reference.isfinite().all()):
+            raise InputError("model: its outputs are not finite, even in double precision; check its weights")
         groups = list(rooted_groups(pruner))
         splits = [_split(group.alike()) for group in groups]
         checks = [
@@ -157,7 +162,8 @@ def _check_swap(
         control = _change(model, images, reference, exchanges[0])
     except PRUNING_ERRORS as error:
         return GroupCheck(name, group.units, fault=_in_words(error))
-    return GroupCheck(name, group.units, swapped, control)
+    fault = None if math.isfinite(swapped) and math.isfinite(control) else "the output is no longer finite"
+    return GroupCheck(name, group.units, swapped, control, fault=fault)
 
 
 def _check_pruning(
@@ -307,9 +313,8 @@ def relative_change(output: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def _output(model: nn.Module, images: Tensor) -> Tensor:
     """All outputs of the model in one vector for each image."""
-    output = model(images)
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    parts = [part.double() for part in tensors_in(model(images))]
+    return torch.cat([part.reshape(len(images), -1) for part in parts], dim=1)
 
 
 @torch.no_grad()

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from .architectures import LAYERS, NumHeads, fixed_layers, module_pruners, refresh
 from .borrowing import borrowed
-from .errors import InputError, check_example_inputs
+from .errors import InputError, check_example_inputs, device_of
 from .tracing import node_pruners, reasons_to_keep, trace
+
+PRUNING_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, KeyError)
+"""What tracing, pruning and running a model raise where its dependency graph is wrong."""
 
 
 def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
     Raises:
         InputError: the model has no layer that could be pruned.
     """
+    device_of(model)
     channel_groups: dict[nn.Module, int] = {}
     return {
         "ignored_layers": [*_classifier(model), *fixed_layers(model)],
@@ -100,11 +104,13 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
             ) from error
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters")  # the trace sees to them
-            return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
-
-
-PRUNING_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, KeyError)
-"""What tracing, pruning and running a model raise where its dependency graph is wrong."""
+            try:
+                return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
+            except PRUNING_ERRORS as error:
+                raise InputError(
+                    f"model: Torch-Pruning cannot trace it ({type(error).__name__}: {error}); parametrisations such as "
+                    "spectral_norm have to be removed first"
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -136,13 +142,15 @@ class RootedGroup:
         return pruner.DG.get_pruning_group(self.raw[0].dep.target.module, self.raw[0].dep.handler, indices)
 
 
+def _ranked_groups(pruner: Any) -> Iterator[Any]:
+    """Torch-Pruning's groups, without those that pruners leave alone, such as those that end at a fence."""
+    groups = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
+    return filter(pruner._check_pruning_ratio, groups)
+
+
 def rooted_groups(pruner: Any) -> Iterator[RootedGroup]:
     """The groups that `pruner` ranks, one after the other."""
-    for raw in pruner.DG.get_all_groups(
-        ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
-    ):
-        if not pruner._check_pruning_ratio(raw):
-            continue
+    for raw in _ranked_groups(pruner):
         root = raw[0].dep.target.module
         if pruner._is_atten_group(raw)[0]:
             raw = pruner._downstream_node_as_root_if_attention(raw)
@@ -160,8 +168,7 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
     """
     pruner = build_pruner(model, example_inputs)
     names = {module: name for name, module in model.named_modules()}
-    found = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
-    groups = [group for raw in found if (group := _describe_group(pruner, raw, names)) is not None]
+    groups = [group for raw in _ranked_groups(pruner) if (group := _describe_group(pruner, raw, names)) is not None]
     if not groups:
         reasons = [f"{name}: {reason}" for name, reason in reasons_to_keep(model, example_inputs).items()]
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -46,6 +47,7 @@ def check_fit(
     *,
     groups: Mapping[str, int] | None = None,
     complete: bool = False,
+    full: bool = False,
 ) -> dict[str, Slot]:
     """Check that `tensors` bear the names of the model's and fit, being as large or smaller; changes nothing.
 
@@ -59,6 +61,7 @@ def check_fit(
         tensors: by name of a parameter or buffer.
         groups: of convolutions, by name, where they are known.
         complete: whether buffers outside the state dict must be there too.
+        full: whether every tensor must be as large as the architecture's.
 
     Returns:
         where each tensor goes, for `fill`.
@@ -75,7 +78,7 @@ def check_fit(
             f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
         )
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, places[name])
+        _check_tensor(name, tensor, places[name], full=full)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, key = name.rpartition(".")
@@ -89,7 +92,7 @@ def check_fit(
 def fill(places: Mapping[str, Slot], tensors: Mapping[str, Tensor], *, groups: Mapping[str, int] | None = None) -> None:
     """Replace parameters and buffers by copies of `tensors`; the layers' sizes and groups follow.
 
-    Types are the tensors' own. Parameters that modules share stay shared.
+    Types are the tensors' own. Parameters that modules share stay shared, if their values are the same.
 
     Args:
         places: what `check_fit` returned for the same tensors.
@@ -100,8 +103,10 @@ def fill(places: Mapping[str, Slot], tensors: Mapping[str, Tensor], *, groups: M
     for name, slot in places.items():
         tensor = tensors[name].clone()
         if isinstance(slot.tensor, nn.Parameter):
-            new = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad)
-            _set_parameter(slot.module, slot.key, parameters.setdefault(id(slot.tensor), new))
+            shared = parameters.get(id(slot.tensor))
+            if shared is None or not torch.equal(shared, tensor):  # pruning parts what was shared
+                shared = parameters[id(slot.tensor)] = nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad)
+            _set_parameter(slot.module, slot.key, shared)
         else:
             slot.module._buffers[slot.key] = tensor
     layers = {name.rpartition(".")[0]: slot.module for name, slot in places.items()}
@@ -116,21 +121,26 @@ def _set_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> None
         setattr(module, key, parameter)  # recurrent layers keep a second list
 
 
-def _check_tensor(name: str, tensor: Tensor, slot: Slot) -> None:
-    full = slot.tensor
-    if full is None:
+def _check_tensor(name: str, tensor: Tensor, slot: Slot, *, full: bool) -> None:
+    dense = slot.tensor
+    if dense is None:
         return
-    number = full.is_floating_point()
-    if tensor.dtype not in FLOATS if number else tensor.dtype != full.dtype:
-        kind = "floating point" if number else full.dtype
+    number = dense.is_floating_point()
+    if tensor.dtype not in FLOATS if number else tensor.dtype != dense.dtype:
+        kind = "floating point" if number else dense.dtype
         raise InputError(f"{name} has type {tensor.dtype}, the architecture's is {kind}")
-    shape, most = tuple(tensor.shape), tuple(full.shape)
+    shape, most = tuple(tensor.shape), tuple(dense.shape)
     fixed = 0 if not number else 2 if isinstance(slot.module, Conv) and slot.key == "weight" else None
     fits = len(shape) == len(most) and all(
         size == limit or 0 < size < limit for size, limit in zip(shape, most, strict=True)
     )
     if not fits or (fixed is not None and shape[fixed:] != most[fixed:]):
         raise InputError(f"{name} has shape {shape}, the architecture's is {most}")
+    if full and shape != most:
+        raise InputError(
+            f"{name} has shape {shape}, the architecture's is {most}, and the file says nothing of pruning; "
+            "keep pruned models with tp_mrs.save"
+        )
 
 
 def _check_layer(name: str, module: nn.Module, tensors: Mapping[str, Tensor], groups: int | None) -> None:

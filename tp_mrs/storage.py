@@ -70,7 +70,9 @@ def load(
     Args:
         path: the file.
         factory: makes the unpruned architecture, for models that timm did not make and files that `save` did not
-            write, such as a plain state dict: `load(path, factory=lambda: tp_mrs.create_model("resnet18", ...))`.
+            write: `load(path, factory=lambda: tp_mrs.create_model("resnet18", ...))`. Such a plain state dict must be
+            of the unpruned architecture, as it lacks what more there is to know of a pruned one; and it holds no
+            normalisation: let the factory add it.
         device: where to put it.
         dtype: floating-point type to convert it to; None for the types in the file.
 
@@ -92,7 +94,7 @@ def load(
     with _naming(path):
         model: Any = skeleton(check_recipe(metadata.recipe), tensors=len(tensors)) if made is None else made
         _check_modules(model, metadata)
-        places = check_fit(model, tensors, groups=metadata.groups, complete=made is None)
+        places = check_fit(model, tensors, groups=metadata.groups, complete=made is None, full=content is None)
         for name, heads in metadata.heads.items():
             model.get_submodule(name).num_heads = heads
         fill(places, tensors, groups=metadata.groups)
@@ -143,9 +145,12 @@ def _counts(content: dict[str, Any], key: str) -> dict[str, int]:
 
 
 def _made_by(factory: Callable[[], Any]) -> Any:
-    model = factory() if callable(factory) else factory
-    if not isinstance(model, nn.Module):
-        raise InputError(f"factory: expected a function that returns a torch.nn.Module, got {type(model).__name__}")
+    model = factory if isinstance(factory, nn.Module) or not callable(factory) else factory()
+    if model is factory or not isinstance(model, nn.Module):
+        raise InputError(
+            "factory: expected a function that returns a torch.nn.Module, such as lambda: MyModel(...), "
+            f"got {type(model).__name__}"
+        )
     return model
 
 

@@ -164,7 +164,7 @@ def trace(
     with tracer.hooks():
         with tracer:
             outputs = model(**example_inputs) if isinstance(example_inputs, dict) else model(*inputs)
-        shown = [tracer.final(tensor) for tensor in _tensors(outputs) if tensor.requires_grad]
+        shown = [tracer.final(tensor) for tensor in tensors_in(outputs) if tensor.requires_grad]
     channel_groups.update(tracer.repeated_layers())
     if kept is not None:
         kept.update(tracer.kept)
@@ -315,7 +315,7 @@ class _Tracer(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operands = [x for x in _tensors((args, kwargs)) if x.requires_grad]
+        operands = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
         if self._inside or not operands or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         name = _name(function)
@@ -323,7 +323,7 @@ class _Tracer(TorchFunctionMode):
             return self._in_place(function, args, kwargs, operands)
         with torch.no_grad():
             output = function(*args, **kwargs)
-        outputs = list(_tensors(output))
+        outputs = list(tensors_in(output))
         if not outputs:
             return output
         shown = self._show(_Call(name, function, args, kwargs, operands, outputs))
@@ -462,7 +462,7 @@ class _Tracer(TorchFunctionMode):
             return self._fenced(call)
         width = origin.shape[axis]
         with torch.no_grad():
-            moved = list(_tensors(call.function(numbers, *call.args[1:], **call.kwargs)))
+            moved = list(tensors_in(call.function(numbers, *call.args[1:], **call.kwargs)))
         shown = []
         for output, labels in zip(call.outputs, moved, strict=True):
             new_axis, layout = find_layout(labels, width) or (None, None)
@@ -572,7 +572,7 @@ def _aligned(tracer: _Tracer, operands: Sequence[Tensor], output: Tensor) -> tup
 
 def _varies(call: _Call, output: Tensor, axis: int) -> bool:
     """Whether a constant among the arguments differs from channel to channel."""
-    constants = (x for x in _tensors((call.args, call.kwargs)) if not x.requires_grad)
+    constants = (x for x in tensors_in((call.args, call.kwargs)) if not x.requires_grad)
     return any(x.dim() >= -axis and x.shape[axis] == output.shape[axis] > 1 for x in constants)
 
 
@@ -583,12 +583,13 @@ def _name(function: Any) -> str:
     return name.strip("_") if name.startswith("__") else name
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
