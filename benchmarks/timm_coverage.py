@@ -186,8 +186,8 @@ def summary() -> str:
     families = result["families"].values()
     full = sum(all(row.get(step) for step in STEPS) for row in families)
     return (
-        f"Of timm's {len(families)} families of models, {full} ({full / len(families):.0%}) were pruned by "
-        f"{RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at "
+        f"Of timm's {len(result['members'])} families of models, {len(families)} have been tried; {full} of these "
+        f"({full / len(families):.0%}) were pruned by {RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at "
         f"most {LARGEST_IMAGE} px; timm {result['versions']['timm']}, Torch-Pruning "
         f"{result['versions']['torch-pruning']})."
     )
