@@ -187,9 +187,9 @@ def summary() -> str:
     full = sum(all(row.get(step) for step in STEPS) for row in families)
     return (
         f"Of timm's {len(result['members'])} families of models, {len(families)} have been tried; {full} of these "
-        f"({full / len(families):.0%}) were pruned by {RATIO:.0%}, with all couplings proven, trained, saved, loaded and exported (the smallest member of each, at "
-        f"most {LARGEST_IMAGE} px; timm {result['versions']['timm']}, Torch-Pruning "
-        f"{result['versions']['torch-pruning']})."
+        f"({full / len(families):.0%}) were pruned by {RATIO:.0%}, with all couplings proven, trained, saved, loaded "
+        f"and exported (the smallest member of each, at most {LARGEST_IMAGE} px; timm {result['versions']['timm']}, "
+        f"Torch-Pruning {result['versions']['torch-pruning']})."
     )
 
 

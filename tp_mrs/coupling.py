@@ -353,7 +353,7 @@ class _FixedCounts(TorchFunctionMode):
         if function in (F.layer_norm, F.group_norm, F.rms_norm):
             return self._norm(function, *args, **kwargs)
         if function is F.batch_norm and kwargs.get("training"):  # of weights, in convolutions that standardise them
-            return self._standardised(args[0], kwargs["weight"], kwargs["eps"])
+            return self._standardised(args[0], kwargs.get("weight"), kwargs["eps"])
         if function in (torch.mean, Tensor.mean, torch.var, Tensor.var) and kwargs.get("keepdim"):
             moment = self._mean if function in (torch.mean, Tensor.mean) else self._variance
             return moment(args[0], kwargs["dim"] if "dim" in kwargs else args[1])
@@ -369,9 +369,10 @@ class _FixedCounts(TorchFunctionMode):
     def _variance(self, values: Tensor, dims: Any) -> Tensor:
         return self._mean(values.square(), dims) - self._mean(values, dims).square()
 
-    def _standardised(self, weights: Tensor, gain: Tensor, eps: float) -> Tensor:
+    def _standardised(self, weights: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         centred = weights - self._mean(weights, (0, 2))
-        return centred / (self._variance(weights, (0, 2)) + eps).sqrt() * gain.view(1, -1, 1)
+        output = centred / (self._variance(weights, (0, 2)) + eps).sqrt()
+        return output if gain is None else output * gain.view(1, -1, 1)
 
     def _norm(
         self,
