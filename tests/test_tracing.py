@@ -204,8 +204,14 @@ def test_changes_in_place() -> None:
         y[:, :2] = x[:, 2:4]
         return y
 
+    def copied(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.copy_(x.flip(1))
+        return y
+
     assert prunable(Net(between)) == {"a": 8, "b": 6}
     assert prunable(Net(patched)) == {"b": 6}
+    assert prunable(Net(copied)) == {"b": 6}
 
 
 class Mixer(nn.Module):

@@ -97,8 +97,11 @@ def fixed_layers(model: nn.Module) -> list[nn.Module]:
 
 def stiff(module: nn.Module) -> bool:
     """Whether Torch-Pruning cannot change the sizes of this module, though it would try."""
-    if isinstance(module, nn.modules.conv._ConvNd):  # several outputs for each input of its own
-        several = module.groups == module.in_channels != module.out_channels
+    if isinstance(module, nn.modules.conv._ConvNd):  # several outputs for one input in each group, or several inputs
+        several = module.in_channels != module.out_channels and module.groups in (
+            module.in_channels,
+            module.out_channels,
+        )
         return module.groups > 1 and (several or module.transposed)
     return isinstance(module, (nn.LSTM, nn.MultiheadAttention))
 

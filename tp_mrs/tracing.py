@@ -126,7 +126,8 @@ MOVES = _names(
 
 CONCATENATIONS = {"cat", "concat", "concatenate"}
 
-IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"}
+IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv"}
+"""Operators that change their first operand; so do methods whose names end in an underscore."""
 
 
 HALVING = {Layout.FIRST_HALF: (0,), Layout.SECOND_HALF: (1,), Layout.HALVES: (0, 1)}
@@ -319,7 +320,7 @@ class _Tracer(TorchFunctionMode):
         if self._inside or not operands or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         name = _name(function)
-        if name in IN_PLACE:
+        if name in IN_PLACE or name.endswith("_"):
             return self._in_place(function, args, kwargs, operands)
         with torch.no_grad():
             output = function(*args, **kwargs)
@@ -336,7 +337,8 @@ class _Tracer(TorchFunctionMode):
     def _in_place(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]) -> Any:
         output = function(*args, **kwargs)
         changed = args[0]
-        same = _aligned(self, operands, changed) if _name(function) != "setitem" else None
+        elementwise = _name(function).removeprefix("i").rstrip("_") in ELEMENTWISE
+        same = _aligned(self, operands, changed) if elementwise else None
         self._axes.pop(id(changed), None)
         if same is not None and len(same[1]) == len(operands):
             self._set(changed, same[0])
