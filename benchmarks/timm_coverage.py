@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,7 +133,7 @@ class _Case:
                 self.row[step] = True
             except FAILURES as error:
                 self.row[step] = False
-                lines = str(error).strip().splitlines()
+                lines = re.sub(r"/\S+/", "", str(error).strip()).splitlines()  # without folders of this machine
                 self.row.setdefault("reason", f"{step}: {lines[0] if lines else type(error).__name__}"[:300])
         return self.row
 
