@@ -13,7 +13,7 @@ each operation as one of four kinds, whatever it is made of:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,11 +34,9 @@ class _Link(torch.autograd.Function):
     """Any computation, as one node of autograd's graph. It is never differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], Any], *inputs: Tensor) -> Any:
-        """Run it out of autograd's sight; the outputs are new tensors."""
-        with torch.no_grad():
-            output = run()
-        return tuple(part.clone() for part in output)
+    def forward(ctx: Any, outputs: tuple[Tensor, ...], *inputs: Tensor) -> Any:
+        """Give out copies of what was computed from the inputs, so that autograd takes them for new."""
+        return tuple(output.clone() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -90,7 +88,6 @@ def node_pruners() -> dict[type, Any]:
 # --- tracing -------------------------------------------------------------------------------------------------------
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-RECURRENT = (nn.LSTM, nn.MultiheadAttention)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -201,7 +198,7 @@ class _Tracer(TorchFunctionMode):
         with ExitStack() as stack:
             stack.enter_context(preserved_caches(self._model))
             for module in self._model.modules():
-                if isinstance(module, (*LAYERS, *NORMS, *RECURRENT)) or module in self._readable:
+                if isinstance(module, (*LAYERS, *NORMS)) or stiff(module) or module in self._readable:
                     handles = (
                         module.register_forward_pre_hook(self._enter),
                         module.register_forward_hook(self._leave, always_call=True),
@@ -369,7 +366,7 @@ class _Tracer(TorchFunctionMode):
     def _link(
         self, kind: type[_Link], outputs: Sequence[Tensor], inputs: Sequence[Tensor], axis: int | None = None
     ) -> list[Tensor]:
-        shown = kind.apply(lambda: tuple(outputs), *inputs)
+        shown = kind.apply(tuple(outputs), *inputs)
         for tensor in shown:
             self._set(tensor, axis)
             if kind is Same:
@@ -412,7 +409,7 @@ class _Tracer(TorchFunctionMode):
     def _reduction(self, call: _Call) -> list[Tensor]:
         source, axis = call.first, self.axis(call.first)
         dims = call.argument("dim", 1)
-        if axis is None or dims is None or (isinstance(dims, bool)):
+        if axis is None or dims is None or isinstance(dims, bool):
             return self._fenced(call)
         dims = {dim % source.dim() - source.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
         kept = call.outputs[0].dim() == source.dim()
@@ -421,11 +418,9 @@ class _Tracer(TorchFunctionMode):
         return self._link(Same, call.outputs, [source], axis if kept else axis + sum(dim > axis for dim in dims))
 
     def _concatenation(self, call: _Call) -> list[Tensor]:
-        parts, output = list(call.args[0] if call.args else call.kwargs["tensors"]), call.outputs[0]
-        dim = (call.argument("dim", 1) or 0) % output.dim() - output.dim()
-        axes = {self.axis(x) if x.requires_grad else None for x in parts}
-        axis = axes.pop()
-        if axes or axis is None:
+        parts, output, dim = call.parts(), call.outputs[0], call.joined_dim()
+        axis = self._common_axis(parts)
+        if axis is None:
             return self._fenced(call)
         if axis != dim:
             return self._link(Same, [output], parts, axis)
@@ -441,13 +436,15 @@ class _Tracer(TorchFunctionMode):
         return joined
 
     def _stack(self, call: _Call) -> list[Tensor]:
-        parts, output = list(call.args[0] if call.args else call.kwargs["tensors"]), call.outputs[0]
-        dim = (call.argument("dim", 1) or 0) % output.dim() - output.dim()
-        axes = {self.axis(x) if x.requires_grad else None for x in parts}
-        axis = axes.pop()
-        if axes or axis is None:
+        parts, axis = call.parts(), self._common_axis(call.parts())
+        if axis is None:
             return self._fenced(call)
-        return self._link(Same, [output], parts, axis if dim < axis else axis - 1)
+        return self._link(Same, call.outputs, parts, axis if call.joined_dim() < axis else axis - 1)
+
+    def _common_axis(self, parts: Sequence[Tensor]) -> int | None:
+        """Where all of them have their channels; None if some have them elsewhere, or none that can be pruned."""
+        axes = {self.axis(x) if x.requires_grad else None for x in parts}
+        return axes.pop() if len(axes) == 1 else None
 
     def _column(self, tensor: Tensor, axis: int) -> Tensor:
         """A stand-in of shape (1, channels, 1, 1), whose one wide axis nothing can mistake."""
@@ -526,6 +523,15 @@ class _Call:
     @property
     def first(self) -> Any:
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def parts(self) -> list[Tensor]:
+        """The tensors that are joined."""
+        return list(self.first)
+
+    def joined_dim(self) -> int:
+        """The dimension along which they are, counted from the end of the output."""
+        dims = self.outputs[0].dim()
+        return int(self.argument("dim", 1) or 0) % dims - dims
 
     def argument(self, name: str, position: int) -> Any:
         value = self.kwargs.get(name)
