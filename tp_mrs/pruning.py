@@ -142,15 +142,10 @@ class RootedGroup:
         return pruner.DG.get_pruning_group(self.raw[0].dep.target.module, self.raw[0].dep.handler, indices)
 
 
-def _ranked_groups(pruner: Any) -> Iterator[Any]:
-    """Torch-Pruning's groups, without those that pruners leave alone, such as those that end at a fence."""
-    groups = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
-    return filter(pruner._check_pruning_ratio, groups)
-
-
 def rooted_groups(pruner: Any) -> Iterator[RootedGroup]:
-    """The groups that `pruner` ranks, one after the other."""
-    for raw in _ranked_groups(pruner):
+    """The groups that `pruner` ranks, one after the other; not those it leaves alone, as where they end at a fence."""
+    graph, ignored, roots = pruner.DG, pruner.ignored_layers, pruner.root_module_types
+    for raw in filter(pruner._check_pruning_ratio, graph.get_all_groups(ignored, roots)):
         root = raw[0].dep.target.module
         if pruner._is_atten_group(raw)[0]:
             raw = pruner._downstream_node_as_root_if_attention(raw)
@@ -168,7 +163,7 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
     """
     pruner = build_pruner(model, example_inputs)
     names = {module: name for name, module in model.named_modules()}
-    groups = [group for raw in _ranked_groups(pruner) if (group := _describe_group(pruner, raw, names)) is not None]
+    groups = [_describe_group(pruner, rooted, names) for rooted in rooted_groups(pruner)]
     if not groups:
         reasons = [f"{name}: {reason}" for name, reason in reasons_to_keep(model, example_inputs).items()]
         raise InputError(
@@ -178,28 +173,15 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
     return groups
 
 
-def _describe_group(pruner: Any, raw: Any, names: Mapping[nn.Module, str]) -> Group | None:
-    """Torch-Pruning's group in our terms; None for one that its pruners pass over."""
-    repeats, length, attention = 1, len(raw[0].idxs), False
-    downstream: int | None = None
-    for dependency, indices in raw:
-        module, is_out = dependency.target.module, pruner.DG.is_out_channel_pruning_fn(dependency.handler)
-        repeats = max(repeats, (pruner.out_channel_groups if is_out else pruner.in_channel_groups).get(module, 1))
-        attention = attention or (is_out and module in pruner.num_heads)
-        if not is_out and isinstance(module, tuple(pruner.root_module_types)):
-            downstream = len(indices)
-    if attention:  # pruners count these groups by the layer that follows the attention
-        if downstream is None:
-            return None
-        length = downstream
-    units = length // repeats
+def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, str]) -> Group:
+    """Torch-Pruning's group in our terms."""
     members = tuple(
-        Member(names[dependency.target.module], _side(pruner, dependency.handler), len(indices) // units)
-        for dependency, indices in raw
+        Member(names[dependency.target.module], _side(pruner, dependency.handler), len(indices) // rooted.units)
+        for dependency, indices in rooted.raw
         if dependency.target.module in names
     )
-    layers = tuple(names[module] for module in layers_of(raw) if module in names)
-    return Group(names[raw[0].dep.target.module], units, repeats, members, layers)
+    layers = tuple(names[module] for module in layers_of(rooted.raw) if module in names)
+    return Group(names[rooted.root], rooted.units, rooted.repeats, members, layers)
 
 
 def _side(pruner: Any, handler: Callable[..., Any]) -> Literal["out", "in", "both"]:
