@@ -156,6 +156,31 @@ def test_classifiers_and_stiff_layers_are_ignored() -> None:
     assert tp_mrs.pruner_kwargs(model)["ignored_layers"] == [model[3], model[1]]
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "tied"])
+def test_layers_whose_weights_are_not_their_own_keep_their_sizes(kind: str) -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+    if kind == "tied":
+        layers[2].weight = layers[1].weight
+    else:
+        getattr(nn.utils.parametrizations, kind)(layers[1])
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    images = torch.rand(2, 3, 12, 12)
+    report = tp_mrs.check_coupling(model, images)
+    assert report.proven
+    assert "2" in report.kept
+    assert ("shares its weight" if kind == "tied" else "computes its weight") in report.kept["2"]
+    prune(model, images, pruning_ratio=0.5)
+    assert [layer.out_channels for layer in layers[1:]] == ([8, 8, 4] if kind == "tied" else [8, 4, 4])
+    assert kind != "tied" or layers[2].weight is layers[1].weight
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_what_cannot_be_copied() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1)), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(tp_mrs.InputError, match="model: it cannot be copied"):
+        tp_mrs.check_coupling(model, torch.rand(1, 3, 2, 2))
+
+
 @pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="this torch has no nn.RMSNorm")
 def test_rms_norms_follow() -> None:
     class Net(nn.Module):
@@ -176,3 +201,5 @@ def test_no_model() -> None:
     model: Any = "resnet18"
     with pytest.raises(tp_mrs.InputError, match=r"model: expected a torch\.nn\.Module, got str"):
         tp_mrs.pruner_kwargs(model)
+    with pytest.raises(tp_mrs.InputError, match=r"model: expected a torch\.nn\.Module, got str"):
+        tp_mrs.refresh(model)

@@ -141,6 +141,7 @@ BAD: dict[str, tuple[nn.Module, str, Any, dict[str, Any], str]] = {
     "old opset": (small_cnn(), "m.onnx", IMAGES, {"opset": 9}, r"opset: expected an integer in \[18, \d+\], got 9"),
     "opset in words": (small_cnn(), "m.onnx", IMAGES, {"opset": "20"}, "opset: expected an integer"),
     "opset of pt2": (small_cnn(), "m.pt2", IMAGES, {"opset": 20}, "opset: a pt2 file has none"),
+    "another suffix": (small_cnn(), "m.pt2", IMAGES, {"format": "onnx"}, "format: 'onnx' does not go with the name"),
     "no tensor": (small_cnn(), "m.onnx", (3, 32, 32), {}, r"example_inputs: expected a tensor of shape \(N, C, H, W\)"),
     "one image": (small_cnn(), "m.onnx", IMAGES[0], {}, r"example_inputs: expected a tensor of shape \(N, C, H, W\)"),
     "channels": (small_cnn(), "m.pt2", IMAGES[:, :2], {}, "example_inputs: the model cannot run on"),

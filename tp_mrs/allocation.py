@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from functools import cached_property
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .borrowing import borrowed
+from .borrowing import borrowed, copied
 from .errors import InputError, check_count, check_example_inputs, check_number
 from .importance import geometric_mean, relative_weight
 from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio
@@ -291,7 +290,7 @@ def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], fl
 
 def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:
     """How much a pruned copy of the model really has."""
-    pruned = copy.deepcopy(model)
+    pruned = copied(model)
     modules = dict(pruned.named_modules())
     ratios = {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
     prune_by_ratio(pruned, example_inputs, ratios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from timm.layers import RmsNorm, RmsNorm2d
 from timm.layers.attention import Attention
 from timm.models.metaformer import Scale
 from torch import nn
+
+from .errors import InputError
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers that carry a sensitivity, and whose channels are pruned."""
@@ -52,7 +55,12 @@ def refresh(model: nn.Module) -> nn.Module:
     Call it after each `pruner.step()`. Attention gets its number and width of heads. Its `scale` becomes the one of
     the new width, as fused attention computes it, and the queries make up for that, so that the function stays. Other
     modules are left as they are. Calling again changes nothing. Returns the model.
+
+    Raises:
+        InputError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     before = [(module, module.scale) for module in prunable_attention(model)]
     take_sizes(model)
     for module, scale in before:
@@ -92,18 +100,32 @@ def rigid_attention(model: nn.Module) -> Iterator[nn.Module]:
 def fixed_layers(model: nn.Module) -> list[nn.Module]:
     """Layers whose numbers of outputs must not change."""
     inside = [layer for module in rigid_attention(model) for layer in module.modules() if isinstance(layer, LAYERS)]
-    return [*inside, *filter(stiff, model.modules())]
+    return [*inside, *stiff_modules(model)]
 
 
-def stiff(module: nn.Module) -> bool:
-    """Whether Torch-Pruning cannot change the sizes of this module, though it would try."""
-    if isinstance(module, nn.modules.conv._ConvNd):  # several outputs for one input in each group, or several inputs
-        several = module.in_channels != module.out_channels and module.groups in (
-            module.in_channels,
-            module.out_channels,
-        )
-        return module.groups > 1 and (several or module.transposed)
-    return isinstance(module, (nn.LSTM, nn.MultiheadAttention))
+def stiff_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose sizes Torch-Pruning cannot change, though it would try, and why."""
+    users = Counter(id(layer._parameters.get("weight")) for layer in model.modules() if isinstance(layer, LAYERS))
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, LAYERS):
+            weight = module._parameters.get("weight")
+            if weight is None:
+                found[module] = f"{kind} computes its weight, as weight_norm does; remove that first, to prune it"
+            elif users[id(weight)] > 1:
+                found[module] = "shares its weight with another layer"
+            elif isinstance(module, nn.modules.conv._ConvNd) and _several_per_group(module):
+                found[module] = f"{kind} with several inputs or outputs in each of its groups"
+        elif isinstance(module, (nn.LSTM, nn.MultiheadAttention)):
+            found[module] = f"{kind} cannot be pruned"
+    return found
+
+
+def _several_per_group(conv: nn.modules.conv._ConvNd) -> bool:
+    """Several outputs for one input in each group, or several inputs for one output."""
+    several = conv.in_channels != conv.out_channels and conv.groups in (conv.in_channels, conv.out_channels)
+    return conv.groups > 1 and (several or conv.transposed)
 
 
 def module_pruners(model: nn.Module) -> dict[type, Any]:

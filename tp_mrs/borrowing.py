@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from .errors import InputError
 
 
 @contextmanager
@@ -29,6 +32,14 @@ def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     ):
         model.eval()
         yield
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. Raises `InputError` if the model holds what can't be copied, as old-style `weight_norm` does."""
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"model: it cannot be copied, so nothing can be tried on it: {error}") from error
 
 
 @contextmanager

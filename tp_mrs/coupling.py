@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .borrowing import preserved_rng
+from .borrowing import copied, preserved_rng
 from .errors import InputError, check_count, check_example_inputs
 from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, refresh, rooted_groups
 from .tracing import reasons_to_keep, tensors_in
@@ -132,7 +132,7 @@ def check_coupling(
     check_example_inputs(model, example_inputs)
     check_count("seed", seed, low=0)
     with preserved_rng(model, seed):
-        probe = _randomised(copy.deepcopy(model).double().eval())
+        probe = _randomised(copied(model).double().eval())
         images = torch.randn_like(example_inputs, dtype=torch.float64)
         pruner = build_pruner(probe, images)
         names = {module: name for name, module in probe.named_modules()}
@@ -174,7 +174,7 @@ def _check_pruning(
     def attempt(chosen: Sequence[int]) -> tuple[float, str | None]:
         units = {i: splits[i][0] for i in chosen}
         try:
-            return _pruning_change(copy.deepcopy(model), images, units), None
+            return _pruning_change(copied(model), images, units), None
         except PRUNING_ERRORS as error:
             return math.nan, _in_words(error)
 

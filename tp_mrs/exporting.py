@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import io
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .borrowing import borrowed
+from .borrowing import borrowed, copied
 from .errors import InputError, check_choice, check_example_inputs
 from .files import write_bytes
 
@@ -27,7 +26,7 @@ Program = Callable[[Tensor], Tensor]
 
 TRACED_BATCH = 2
 """Batch size that is traced; tracers take a size of 1 for a constant."""
-CHECKED_BATCHES = (1, 3, 5)
+CHECKED_BATCHES = (1, 3, 8)
 """Batch sizes that the program is checked with before it is written."""
 OLDEST_OPSET = 18
 """PyTorch's exporter writes no older one; asked for less, it warns and stays with this one."""
@@ -73,8 +72,7 @@ def export(
         _check_onnx(model, example_inputs, opset)
     write, read = FORMATS[chosen]
     with borrowed(model), torch.no_grad():
-        with _refusing("model: it cannot be copied to the CPU"):
-            original = copy.deepcopy(model).cpu()
+        original = copied(model).cpu()
         checked = [_images_like(example_inputs, size) for size in CHECKED_BATCHES]
         expected = [_outputs(original, images) for images in checked]
         content = write(original, _images_like(example_inputs, TRACED_BATCH), opset)
@@ -94,6 +92,10 @@ def check_format(path: str | Path, format: str | None, opset: int | None) -> str
         raise InputError(f"path: expected a name that ends in .onnx or .pt2, or a format, got {str(path)!r}")
     chosen = suffix if format is None else format
     check_choice("format", chosen, FORMATS)
+    if suffix in FORMATS and suffix != chosen:
+        raise InputError(
+            f"format: {chosen!r} does not go with the name {str(path)!r}; leave it out, or rename the file"
+        )
     if opset is not None and chosen != "onnx":
         raise InputError(f"opset: a {chosen} file has none; leave it out, or choose format='onnx'")
     return chosen

@@ -107,10 +107,7 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
             try:
                 return tp.pruner.BasePruner(model, example_inputs, importance=importance, **arguments)
             except PRUNING_ERRORS as error:
-                raise InputError(
-                    f"model: Torch-Pruning cannot trace it ({type(error).__name__}: {error}); parametrisations such as "
-                    "spectral_norm have to be removed first"
-                ) from error
+                raise InputError(f"model: Torch-Pruning cannot trace it ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)

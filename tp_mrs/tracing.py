@@ -22,7 +22,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .architectures import LAYERS, prunable_attention, rigid_attention, stiff
+from .architectures import LAYERS, prunable_attention, rigid_attention, stiff_modules
 from .borrowing import borrowed, preserved_caches
 from .layouts import Layout, find_layout, numbered
 from .widths import Widths
@@ -186,7 +186,10 @@ class _Tracer(TorchFunctionMode):
         self._grouped: list[Tensor] = []  # what comes in groups of channels, before and after it does
         self._joins: list[tuple[Tensor, list[Tensor]]] = []
         self._widths = Widths()
-        self.kept: dict[nn.Module, str] = {}
+        self._stiff = stiff_modules(model)
+        self.kept: dict[nn.Module, str] = {
+            module: reason for module, reason in self._stiff.items() if isinstance(module, LAYERS)
+        }
         self._readable = set(prunable_attention(model))
         self._rigid = set(rigid_attention(model))
 
@@ -198,7 +201,7 @@ class _Tracer(TorchFunctionMode):
         with ExitStack() as stack:
             stack.enter_context(preserved_caches(self._model))
             for module in self._model.modules():
-                if isinstance(module, (*LAYERS, *NORMS)) or stiff(module) or module in self._readable:
+                if isinstance(module, (*LAYERS, *NORMS)) or module in self._stiff or module in self._readable:
                     handles = (
                         module.register_forward_pre_hook(self._enter),
                         module.register_forward_hook(self._leave, always_call=True),
@@ -217,9 +220,9 @@ class _Tracer(TorchFunctionMode):
         if self._inside > 1 or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
             return inputs
         axis = self.axis(inputs[0])
-        if axis == expected_axis(module, inputs[0], axis):
+        if module not in self._stiff and axis == expected_axis(module, inputs[0], axis):
             return inputs
-        reason = f"{type(module).__name__} takes another axis for the channels, or can't be pruned"
+        reason = self._stiff.get(module, f"{type(module).__name__} takes another axis for the channels")
         return (self.fence(inputs[0], reason), *inputs[1:])
 
     def _leave(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -547,8 +550,6 @@ def is_grouped(module: nn.Module) -> bool:
 
 def expected_axis(module: nn.Module, source: Tensor, axis: int | None) -> int:
     """Where a module that Torch-Pruning knows looks for the channels; 0, which no axis is, if that can't be said."""
-    if stiff(module):
-        return 0
     if isinstance(module, nn.LayerNorm):
         fits = axis is not None and tuple(module.normalized_shape) == (source.shape[axis],)
         return axis if fits and axis is not None else 0
