@@ -37,7 +37,7 @@ from tp_mrs.pruning import PRUNING_ERRORS, build_pruner, count
 RESULT = RESULTS / "timm_coverage.json"
 README = Path(__file__).parents[1] / "README.md"
 FORMAT = "tp_mrs.timm_coverage/1"
-LARGEST_IMAGE, CLASSES, RATIO, TIMEOUT = 224, 10, 0.5, 900
+LARGEST_IMAGE, CLASSES, RATIO, TIMEOUT = 224, 10, 0.5, 1_800
 STEPS = ("proven", "prunes", "trains", "saved", "exported")
 FAILURES = (*PRUNING_ERRORS, tp_mrs.InputError, NotImplementedError)
 

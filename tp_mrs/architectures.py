@@ -34,7 +34,7 @@ def _plain(module: Any) -> bool:
     return all(isinstance(part, nn.Identity) for part in parts) and getattr(module, "gate", None) is None
 
 
-FLEXIBLE = ("AttentionRope", "EvaAttention", "MultiScaleAttention", "RelPosAttention")
+FLEXIBLE = ("AttentionRope", "EvaAttention", "MultiScaleAttention")
 """Attention of timm's whose code asks nothing of the width of its input."""
 
 

@@ -25,9 +25,9 @@ def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | Non
 
     The tensors are all parameters and buffers, those outside the state dict too, in their own types. The metadata says
     how timm makes the architecture, the class names, the normalisation, the numbers of attention heads, the groups of
-    convolutions, and the versions; a checksum covers both. Make models with `tp_mrs.create_model`, which remembers its
-    arguments: timm itself does not. Where the architecture cannot be made again from what is known, a warning says so,
-    and `load` needs a factory.
+    convolutions, the widths of norms without weights, and the versions; a checksum covers both. Make models with
+    `tp_mrs.create_model`, which remembers its arguments: timm itself does not. Where the architecture cannot be made
+    again from what is known, a warning says so, and `load` needs a factory.
 
     Args:
         model: any module; stays as it is.
@@ -50,6 +50,7 @@ def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | Non
         "normalize": statistics and {"mean": statistics[0], "std": statistics[1]},
         "heads": {name: module.num_heads for name, module in modules if _has_heads(module)},
         "groups": {name: module.groups for name, module in modules if isinstance(module, Conv) and module.groups > 1},
+        "widths": {name: module.normalized_shape[0] for name, module in modules if _is_bare_norm(module)},
         "versions": versions(),
     }
     return tensorfile.write(path, metadata, tensors)
@@ -97,6 +98,8 @@ def load(
         places = check_fit(model, tensors, groups=metadata.groups, complete=made is None, full=content is None)
         for name, heads in metadata.heads.items():
             model.get_submodule(name).num_heads = heads
+        for name, width in metadata.widths.items():
+            model.get_submodule(name).normalized_shape = (width,)
         fill(places, tensors, groups=metadata.groups)
         if metadata.normalize is not None:
             normalize(model, *metadata.normalize)
@@ -117,6 +120,7 @@ class _Metadata:
     normalize: tuple[list[float], list[float]] | None
     heads: dict[str, int]
     groups: dict[str, int]
+    widths: dict[str, int]
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> _Metadata:
@@ -128,7 +132,8 @@ class _Metadata:
             statistics = _numbers(statistics["mean"]), _numbers(statistics["std"])
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise InputError("class_names: expected a list of strings")
-        return cls(content.get("recipe"), names, statistics, _counts(content, "heads"), _counts(content, "groups"))
+        counts = (_counts(content, key) for key in ("heads", "groups", "widths"))
+        return cls(content.get("recipe"), names, statistics, *counts)
 
 
 def _numbers(values: object) -> list[float]:
@@ -155,7 +160,7 @@ def _made_by(factory: Callable[[], Any]) -> Any:
 
 
 def _check_modules(model: nn.Module, metadata: _Metadata) -> None:
-    """Raise `InputError` if heads or groups are noted of modules that have none, or more than the architecture's."""
+    """Raise `InputError` if something is noted of modules that don't have it, or more than the architecture's."""
     for name, heads in metadata.heads.items():
         module: Any = _submodule(model, name)
         if not _has_heads(module) or heads > module.num_heads:
@@ -163,6 +168,10 @@ def _check_modules(model: nn.Module, metadata: _Metadata) -> None:
     for name in metadata.groups:
         if not isinstance(_submodule(model, name), Conv):
             raise InputError(f"groups: the architecture has no convolution {name[:80]!r}")
+    for name, width in metadata.widths.items():
+        module = _submodule(model, name)
+        if not _is_bare_norm(module) or width > module.normalized_shape[0]:
+            raise InputError(f"widths: the architecture has no norm of {width} channels in {name[:80]!r}")
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -170,6 +179,12 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _is_bare_norm(module: Any) -> bool:
+    """Whether it is a LayerNorm or the like without weights, whose width no tensor tells."""
+    shape = getattr(module, "normalized_shape", None)
+    return isinstance(shape, tuple) and len(shape) == 1 and getattr(module, "weight", None) is None
 
 
 def _has_heads(module: object) -> bool:
