@@ -17,6 +17,7 @@ from torch import nn
 
 from tests.conftest import randomised, small_cnn, unchanged
 from tp_mrs import InputError, create_model, load, normalize, pruner_kwargs, refresh, save
+from tp_mrs.pruning import prune_by_ratio
 from tp_mrs.tensorfile import read
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -201,6 +202,28 @@ def test_shared_parameters_stay_shared(tmp_path: Path) -> None:
     again: Any = load(save(make(), tmp_path / "m.safetensors"), factory=make)
     assert again[0].weight is again[1].weight
     assert again[0].bias is not again[1].bias
+
+
+class BareNorm(nn.Module):
+    """A norm without weights: no tensor tells its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(images.mean((2, 3)))))
+
+
+def test_norms_without_weights_keep_their_width(tmp_path: Path) -> None:
+    model, images = BareNorm(), torch.rand(2, 4, 3, 3)
+    prune_by_ratio(model, images, {model.first: 0.5})
+    assert model.norm.normalized_shape == (4,)
+    again = load(save(model, tmp_path / "m.safetensors"), factory=BareNorm)
+    assert torch.equal(again(images), model.eval()(images))
+    model.norm.normalized_shape = (9,)
+    with pytest.raises(InputError, match="widths: the architecture has no norm of 9 channels in 'norm'"):
+        load(save(model, tmp_path / "m.safetensors"), factory=BareNorm)
 
 
 def test_class_names(tmp_path: Path) -> None:

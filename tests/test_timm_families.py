@@ -34,11 +34,11 @@ def test_a_sample_is_proven(name: str) -> None:
     assert report.proven, str(report)
 
 
-def test_three_quarters_of_the_families_tried_work() -> None:
+def test_nine_tenths_of_the_families_work() -> None:
     rows = recorded()
     full = [name for name, row in rows.items() if all(row.get(step) for step in timm_coverage.STEPS)]
-    assert rows
-    assert len(full) >= 0.75 * len(rows)
+    assert len(rows) >= 98
+    assert len(full) >= 0.9 * len(rows)
     assert all(row.get("reason") for name, row in rows.items() if name not in full)
 
 
