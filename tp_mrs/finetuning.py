@@ -30,11 +30,10 @@ from .errors import (
     check_number,
     device_of,
 )
+from .numerics import Precision, autocast, check_precision, in_channels_last
 from .objectives import Objective, Recipe, resolve
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,12 @@ def finetune(
         preserved_flags(model),
         preserved_rng(model, seed),
         torch.enable_grad(),
-        _prepared(model, channels_last),
+        in_channels_last(model, channels_last),
+        _unmarked(model),
     ):
         _training_mode(model)
         optimiser = _optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
-        update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, bf16=precision == "bf16")
+        update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, precision=precision)
         scheduler = _scheduler(optimiser, schedule, lr=lr, steps=steps, warmup=warmup)
         with tqdm(
             total=steps, desc="fine-tuning", unit="batch", disable=None if progress else True, leave=False
@@ -196,12 +196,12 @@ class _Update:
         perturb: Perturb,
         *,
         clip_norm: float | None,
-        bf16: bool,
+        precision: Precision,
     ) -> None:
         self.accelerator = Accelerator(device_placement=False)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.objective, self.perturb = objective, perturb
-        self.clip_norm, self.bf16 = clip_norm, bf16
+        self.clip_norm, self.precision = clip_norm, precision
         self.num_classes: int | None = None
 
     def shard(self, data: Iterable[Any]) -> Iterable[Any]:
@@ -214,7 +214,7 @@ class _Update:
         if self.num_classes is None:
             self.num_classes = _num_classes(self.accelerator.unwrap_model(self.model), images)
         check_batch(images, labels, num_classes=self.num_classes)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(images.device, self.precision):
             loss = self.objective(self.model, images, labels, self.perturb)
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise InputError(
@@ -252,7 +252,7 @@ def check_options(
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, low=0, open_low=True)
     check_choice("schedule", schedule, ("cosine", "constant"))
-    check_choice("precision", precision, ("fp32", "bf16"))
+    check_precision(precision)
     check_choice("optimizer", optimizer, list_optimizers())
     check_count("seed", seed, low=0)
 
@@ -305,32 +305,13 @@ def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps:
 
 
 @contextmanager
-def _prepared(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Weights in channels_last inside, if asked for and safe, and contiguous again outside; no mark of accelerate's.
-
-    On x86 CPUs oneDNN writes past its workspace in the backward pass of strided 1×1 convolutions in this layout if they
-    have fewer input channels than its block of 16 (uxlfoundation/oneDNN issue 6035). Pruned shortcuts often do.
-    """
-    narrow = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and max(module.stride) > 1
-        and module.in_channels // module.groups < 16
-    ]
-    if channels_last and narrow and device_of(model).type == "cpu":
-        logger.warning("channels_last is not safe on a CPU for %s (oneDNN issue 6035); training without it", narrow[0])
-        channels_last = False
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Take off what accelerate notes on the model, that it has prepared it."""
     attributes = set(vars(model))
     try:
         yield
     finally:
-        if channels_last:
-            model.to(memory_format=torch.contiguous_format)
-        for name in set(vars(model)) - attributes:  # accelerate notes on the model that it has prepared it
+        for name in set(vars(model)) - attributes:
             delattr(model, name)
 
 

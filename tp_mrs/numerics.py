@@ -1,0 +1,54 @@
+"""Precision and memory format in which a model is run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from .errors import check_choice, device_of
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
+
+
+def check_precision(precision: object) -> None:
+    """Raise `InputError` unless it is one that we know."""
+    check_choice("precision", precision, get_args(Precision))
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which to run the model."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def in_channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Weights in channels_last inside, if `wanted` and safe, and contiguous again outside.
+
+    On x86 CPUs oneDNN writes past its workspace in the backward pass of strided 1×1 convolutions in this layout if they
+    have fewer input channels than its block of 16 (uxlfoundation/oneDNN issue 6035). Pruned shortcuts often do.
+    """
+    narrow = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    ]
+    if wanted and narrow and device_of(model).type == "cpu":
+        logger.warning("channels_last is not safe on a CPU for %s (oneDNN issue 6035); going on without it", narrow[0])
+        wanted = False
+    if wanted:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if wanted:
+            model.to(memory_format=torch.contiguous_format)
