@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -72,7 +73,8 @@ def test_sensitive_groups_keep_more() -> None:
     names = {module: name for name, module in model.named_modules()}
     ratios = {names[module]: ratio for module, ratio in allocate(model, example, sensitivity, macs=0.4).items()}
     ranked = sorted(sensitivity.groups, key=sensitivity.typical.__getitem__)
-    assert [round(ratios[name], 1) for name in ranked] == sorted((round(ratios[n], 1) for n in ranked), reverse=True)
+    for less, more in itertools.pairwise(ranked):
+        assert ratios[less] > ratios[more] - 0.03  # whole channels
     assert ratios[ranked[0]] > ratios[ranked[-1]]
 
 
@@ -130,7 +132,7 @@ def test_a_sensitivity_of_another_model() -> None:
 
 def test_zero_sensitivity_everywhere_is_uniform() -> None:
     model, example, sensitivity = subject("vgg11_bn")
-    silent = replace(sensitivity, typical=dict.fromkeys(sensitivity.groups, 0.0))
+    silent = replace(sensitivity, modules=dict.fromkeys(sensitivity.modules, 0.0))
     assert allocate(model, example, silent, macs=0.5) == allocate(model, example, sensitivity, macs=0.5, alpha=0.0)
 
 

@@ -92,6 +92,10 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert "Module Robustness Sensitivity on 32 images" in capsys.readouterr().out
     assert tp_mrs.Sensitivity.load(tmp_path / "sensitivity.json").images == 32
     assert (tmp_path / "sensitivity.svg").exists()
+    assert run("sensitivity", *QUICK, "--estimator", "pga", "--steps", "1", "--json") == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["settings"]["steps"] == 1
+    assert set(printed["groups"]) == set(printed["members"])
 
 
 @pytest.mark.parametrize("command", [[], ["prune"], ["sensitivity"], ["evaluate"], ["export"]])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.conftest import Batches, small_cnn, unchanged
 from tp_mrs import estimators
 from tp_mrs.errors import DivergenceError
-from tp_mrs.sensitivity import Estimator, measure
+from tp_mrs.sensitivity import Estimator, measure, measured_weights
 
 
 class TwoLayers(nn.Module):
@@ -100,18 +100,101 @@ def test_more_steps_never_find_less(batches: Batches) -> None:
         assert 0 <= scores[0][name] <= scores[1][name] <= scores[2][name]
 
 
-@pytest.mark.parametrize("estimator", ["first_order", "pga"])
-def test_no_radius_no_sensitivity(batches: Batches, estimator: Estimator) -> None:
-    scores = measure(small_cnn(), batches, torchattacks.VANILA, epsilon=0.0, estimator=estimator).modules
-    assert set(scores.values()) == {0.0}
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return measured_weights(model)[0]
+
+
+def scores(model: nn.Module, batches: Batches, epsilon: float) -> dict[str, float]:
+    _, shares = estimators.first_order(estimators.RobustLoss(model.eval(), batches), weights_of(model), epsilon)
+    return {name: float(share.sum()) for name, share in shares.items()}
+
+
+def test_no_radius_no_sensitivity(batches: Batches) -> None:
+    model = small_cnn().eval()
+    assert set(scores(model, batches, 0.0).values()) == {0.0}
+    loss = estimators.RobustLoss(model, batches)
+    base = loss.differentiate()
+    weight = model.get_parameter("0.weight")
+    assert weight.grad is not None
+    found = estimators.projected_gradient_ascent(loss, [weight], [weight.grad], base=base, epsilon=0.0, steps=3)
+    assert float(found.sum()) == 0.0
 
 
 @settings(max_examples=25, deadline=None)
 @given(epsilon=st.floats(1e-3, 1.0), factor=st.floats(0.1, 10.0))
 def test_first_order_is_linear_in_the_radius(epsilon: float, factor: float) -> None:
-    weight, gradient = torch.randn(3, 4), torch.randn(3, 4)
-    one = estimators.first_order(weight, gradient, epsilon)
-    assert estimators.first_order(weight, gradient, epsilon * factor) == pytest.approx(one * factor)
+    torch.manual_seed(0)
+    model, batch = small_cnn(), [(torch.rand(3, 3, 6, 6), torch.tensor([0, 1, 2]))]
+    one, other = scores(model, batch, epsilon), scores(model, batch, epsilon * factor)
+    assert other == pytest.approx({name: score * factor for name, score in one.items()})
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["first_order", "pga"])
+def test_shares_of_blocks_add_up(estimator: Estimator) -> None:
+    model, images = small_cnn(), torch.rand(40, 3, 10, 10)
+    labels = torch.arange(40) % 4
+    found = measure(model, [(images[:25], labels[:25]), (images[25:], labels[25:])], torchattacks.VANILA)
+    assert found.blocks == (13, 12, 15)
+    assert sum(found.blocks) == 40
+    whole = measure(model, [(images, labels)], torchattacks.VANILA, estimator=estimator)
+    other = measure(
+        model, [(images[:9], labels[:9]), (images[9:], labels[9:])], torchattacks.VANILA, estimator=estimator
+    )
+    assert other.modules == pytest.approx(whole.modules, rel=1e-4)
+    for name, shares in whole.shares.items():
+        assert len(shares) == len(whole.blocks)
+        assert sum(shares) == pytest.approx(whole.modules[name], rel=1e-9)
+
+
+def test_shares_of_first_order_are_those_of_the_blocks_own_gradients() -> None:
+    # A block's share is ε‖θ‖ times its part of the gradient along the direction of the whole.
+    model, images, labels = small_cnn().eval(), torch.rand(8, 3, 10, 10), torch.arange(8) % 4
+    blocks = list(zip(images.split(4), labels.split(4), strict=True))
+    _, shares = estimators.first_order(estimators.RobustLoss(model, blocks), weights_of(model), 0.1)
+    for name, weight in weights_of(model).items():
+        parts = [
+            torch.autograd.grad(F.cross_entropy(model(part), target, reduction="sum") / 8, weight)[0]
+            for part, target in blocks
+        ]
+        direction = sum(parts, torch.zeros_like(weight))
+        direction = direction / direction.norm()
+        expected = [float((0.1 * weight.norm() * (part * direction).sum()).detach()) for part in parts]
+        assert shares[name].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_large_layers_are_split_by_a_sample_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, labels = small_cnn().eval(), torch.rand(64, 3, 16, 16), torch.arange(64) % 4
+    blocks = list(zip(images.split(8), labels.split(8), strict=True))
+
+    def found() -> dict[str, Tensor]:
+        return estimators.first_order(estimators.RobustLoss(model, blocks), weights_of(model), 0.1)[1]
+
+    exact = found()
+    monkeypatch.setattr(estimators, "SAMPLED_WEIGHTS", 150)
+    sampled = found()
+    assert float(sampled["3"].sum()) == pytest.approx(float(exact["3"].sum()), rel=1e-6)
+    assert not torch.equal(sampled["3"], exact["3"])
+    assert float((sampled["3"] - exact["3"]).abs().max()) < 0.5 * float(exact["3"].abs().max())
+
+
+# --- several weights at once ----------------------------------------------------------------------------------------
+
+
+def test_two_layers_together_by_hand() -> None:
+    # Both move at once: a to (1-ε)a, and (b, 0) by εb along (-1, 1)/√2.
+    a, b, x, epsilon = 2.0, 3.0, 0.5, 0.1
+    model = TwoLayers(a, b).eval()
+    loss = estimators.RobustLoss(model, one_pixel(x))
+    base, _ = estimators.first_order(loss, weights_of(model), epsilon)
+    weights = list(weights_of(model).values())
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    found = estimators.projected_gradient_ascent(loss, weights, gradients, base=base, epsilon=epsilon, steps=5)
+    worst = (1 - epsilon) * a * (b - math.sqrt(2) * epsilon * b) * x
+    assert float(found.sum()) == pytest.approx(softplus(-worst) - softplus(-a * b * x), rel=1e-4)
+    assert float(weights[0].detach()) == a
 
 
 @settings(max_examples=10, deadline=None)
@@ -128,6 +211,18 @@ def test_a_layer_before_batchnorm_has_the_same_sensitivity_at_any_scale(scale: f
         model[2].weight.div_(scale)
     after = measure(model, batch, torchattacks.VANILA).modules
     assert after == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_norms_of_large_tensors(scale: float) -> None:
+    values = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)).exp()
+    expected = float(values.double().norm())
+    assert estimators.norm(values * scale) == pytest.approx(expected * scale, rel=1e-6)
+    assert estimators.norm(torch.zeros(3)) == 0
+    assert math.isnan(estimators.norm(torch.tensor([1.0, math.nan])))
+
+
+# --- what changes nothing, and what goes wrong ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
@@ -162,5 +257,15 @@ def test_pga_puts_weights_back_when_a_pass_fails(batches: Batches) -> None:
 def test_infinite_weights_are_reported(batches: Batches) -> None:
     model: Any = small_cnn()
     nn.init.constant_(model[7].weight, math.inf)
-    with pytest.raises(DivergenceError, match="weights finite"):
+    with pytest.raises(DivergenceError, match="7 is the first module to return NaN or infinity"):
+        measure(model, batches, torchattacks.VANILA)
+
+
+def test_infinite_gradients_are_reported(batches: Batches) -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0).sqrt() + x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Root(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    with unchanged(model), pytest.raises(DivergenceError, match="the gradient of 0 on the attacked images"):
         measure(model, batches, torchattacks.VANILA)

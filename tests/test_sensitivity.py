@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,9 +33,19 @@ def test_groups_sum_every_coupled_layer(resnet: nn.Module, batches: Batches) -> 
         assert result.groups[group] == pytest.approx(sum(result.modules[layer] for layer in layers))
         assert group in layers
         sizes = {layer: resnet.get_submodule(layer).weight.numel() for layer in layers}  # type: ignore[operator]
-        assert result.typical[group] == pytest.approx(sum(result.modules[i] / sizes[i] ** 0.5 for i in layers))
+        assert result.typical[group] == pytest.approx(sum(result.modules[i] ** 2 / sizes[i] for i in layers) ** 0.5)
     assert "fc" not in result.groups
     assert any("fc" in layers for layers in result.members.values())
+
+
+def test_groups_together(cnn: nn.Module, batches: Batches) -> None:
+    options: dict[str, Any] = {"example_inputs": EXAMPLE, "estimator": "pga", "steps": 6}
+    with unchanged(cnn):
+        result = measure_sensitivity(cnn, batches, torchattacks.FGSM, together=True, **options)
+    assert set(result.together) == set(result.members)
+    for group, layers in result.members.items():  # more freedom than any layer alone
+        assert result.together[group] > max(result.modules[layer] for layer in layers)
+    assert measure_sensitivity(cnn, batches, torchattacks.FGSM, **options).together == {}
 
 
 def test_the_input_side_counts(cnn: nn.Module, batches: Batches) -> None:
@@ -96,10 +108,29 @@ def test_unused_layers_score_zero(batches: Batches) -> None:
     assert measure(Spare(), batches, torchattacks.FGSM).modules["spare"] == 0
 
 
+@pytest.mark.parametrize("estimator", ["first_order", "pga"])
+def test_channels_last_and_bf16_change_little(estimator: Any, batches: Batches) -> None:
+    model: Any = small_cnn()
+    plain = measure(model, batches, torchattacks.VANILA, estimator=estimator).modules
+    with unchanged(model):
+        other = measure(model, batches, torchattacks.VANILA, estimator=estimator, channels_last=True).modules
+        rough = measure(model, batches, torchattacks.VANILA, estimator=estimator, precision="bf16").modules
+    assert model[3].weight.is_contiguous()
+    assert other == pytest.approx(plain, rel=1e-3)
+    assert rough == pytest.approx(plain, rel=0.2)
+    assert rough != plain
+
+
+def test_the_order_of_batches_changes_nothing(batches: Batches) -> None:
+    model = small_cnn()
+    forward = measure(model, batches, torchattacks.VANILA).modules
+    assert measure(model, batches[::-1], torchattacks.VANILA).modules == pytest.approx(forward, rel=1e-5)
+
+
 def test_max_batches_and_generators(batches: Batches) -> None:
     model = small_cnn()
-    assert measure(model, (pair for pair in batches), torchattacks.FGSM, max_batches=1).images == 6
-    assert measure(model, (pair for pair in batches), torchattacks.FGSM).images == 12
+    assert measure(model, (pair for pair in batches), torchattacks.FGSM, max_batches=1).blocks == (6,)
+    assert measure(model, (pair for pair in batches), torchattacks.FGSM).blocks == (6, 6)
 
 
 def test_works_on_mobilevit() -> None:
@@ -122,13 +153,131 @@ def test_prints_as_a_table(cnn: nn.Module, batches: Batches) -> None:
     result = measure_sensitivity(cnn, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
     lines = str(result).splitlines()
     assert "robust accuracy" in lines[0]
-    assert len(lines) == 2 + len(result.groups)
+    assert len(lines) == 3 + len(result.groups)
+    assert lines[-1] == "Too few images to say how stable this is; use at least 128."
 
 
 def test_plots(cnn: nn.Module, batches: Batches) -> None:
     result = measure_sensitivity(cnn, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
     assert len(result.plot().axes) == 2
     assert len(result.plot({"0": 0.5, "3": 0.25}).axes) == 3
+
+
+# --- uncertainty ---------------------------------------------------------------------------------------------------
+
+
+def made_up(shares: dict[str, list[float]], sizes: dict[str, int] | None = None) -> Sensitivity:
+    """A sensitivity of these blocks of 10 images; one group for each layer."""
+    return Sensitivity(
+        modules={name: sum(values) for name, values in shares.items()},
+        members={name: (name,) for name in shares},
+        sizes=sizes or dict.fromkeys(shares, 1),
+        robust_loss=1.0,
+        robust_accuracy=0.5,
+        blocks=(10,) * len(next(iter(shares.values()))),
+        shares={name: tuple(values) for name, values in shares.items()},
+    )
+
+
+def test_intervals_of_blocks_that_agree_are_points() -> None:
+    result = made_up({"a": [0.1] * 10, "b": [0.3] * 10}, {"a": 4, "b": 9})
+    assert result.intervals("modules") == {"a": pytest.approx((1.0, 1.0)), "b": pytest.approx((3.0, 3.0))}
+    assert result.intervals("typical") == {"a": pytest.approx((0.5, 0.5)), "b": pytest.approx((1.0, 1.0))}
+    assert result.rank_stability() == 1.0
+    assert result.images_for_stable_ranking() == 100
+    assert "stable" not in str(result)
+
+
+def test_intervals_are_as_wide_as_the_blocks_say() -> None:
+    shares = np.random.default_rng(0).normal(0.05, 0.02, 20).tolist()
+    result = made_up({"a": shares})
+    low, high = result.intervals("modules")["a"]
+    spread = 1.96 * np.std(shares) * math.sqrt(20)  # of a sum of twenty
+    assert low == pytest.approx(sum(shares) - spread, abs=0.15 * spread)
+    assert high == pytest.approx(sum(shares) + spread, abs=0.15 * spread)
+    narrow = result.intervals("modules", level=0.5)["a"]
+    assert low < narrow[0] < sum(shares) < narrow[1] < high
+
+
+def test_intervals_cover_what_they_should() -> None:
+    """Of 95% intervals for the mean of 16 blocks, about 95% hold the truth (a little fewer: 16 blocks are few)."""
+    generator, held = np.random.default_rng(1), 0
+    for _ in range(100):
+        shares = (generator.gamma(2.0, 0.5, 16) / 16).tolist()
+        low, high = made_up({"a": shares}).intervals("modules")["a"]
+        held += low <= 1.0 <= high
+    assert 82 <= held <= 100
+
+
+def test_layers_that_change_places_are_not_stable() -> None:
+    noise = np.random.default_rng(0).normal(0.0, 1.0, (12, 5))
+    shares = {str(index): (column + 1 + 0.1 * index).tolist() for index, column in enumerate(noise.T)}
+    result = made_up(shares)
+    assert result.rank_stability() < 0.9
+    assert result.rank_stability(times=16) > result.rank_stability(times=4) > result.rank_stability()
+    enough = result.images_for_stable_ranking()
+    assert enough is None or (enough > result.images and result.rank_stability(times=enough // result.images) >= 0.95)
+    assert str(result).splitlines()[-1].startswith("The ranking is not stable yet (rank correlation 0.")
+
+
+def test_the_table_tells_how_many_images_would_settle_the_ranking() -> None:
+    noise = np.random.default_rng(3).normal(0.0, 0.5, (12, 6))
+    result = made_up({str(index): (column + index * 0.1 + 1).tolist() for index, column in enumerate(noise.T)})
+    enough = result.images_for_stable_ranking()
+    assert enough is not None
+    assert enough > result.images
+    assert f"about {enough} images would settle it" in str(result)
+
+
+def test_plots_show_intervals() -> None:
+    result = made_up({"a": [0.1, 0.2] * 5, "b": [0.3, 0.1] * 5})
+    figure = result.plot({"a": 0.5})
+    assert [len(axis.containers) for axis in figure.axes] == [2, 2, 1]  # bars, and whiskers where there are intervals
+
+
+def test_too_few_images_for_intervals(cnn: nn.Module, batches: Batches) -> None:
+    result = measure_sensitivity(cnn, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
+    with pytest.raises(InputError, match="data: 12 calibration images are too few for intervals; use at least 128"):
+        result.intervals()
+
+
+@pytest.mark.parametrize(("of", "level", "message"), [("layers", 0.9, "of: expected one of"), ("groups", 2, "level")])
+def test_bad_arguments_of_intervals(of: Any, level: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        made_up({"a": [0.1] * 10}).intervals(of, level=level)
+
+
+def test_measured_intervals_hold_what_other_images_give(cnn: nn.Module) -> None:
+    def sample(seed: int, count: int) -> Batches:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.rand(count, 3, 12, 12, generator=generator), torch.arange(count) % 4)]
+
+    truth = measure(cnn, sample(99, 4096), torchattacks.VANILA).modules
+    found = measure_sensitivity(cnn, sample(0, 256), torchattacks.VANILA, example_inputs=torch.rand(1, 3, 12, 12))
+    for name, (low, high) in found.intervals("modules", level=0.99).items():
+        assert low * 0.9 < truth[name] < high * 1.1
+
+
+# --- shared weights ------------------------------------------------------------------------------------------------
+
+
+def test_shared_weights_are_measured_once(batches: Batches) -> None:
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(6, 6, 1),
+        nn.Conv2d(6, 6, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+    model[2].weight = model[1].weight
+    found = measure(model, batches, torchattacks.VANILA)
+    assert set(found.modules) == {"0", "1", "5"}
+    assert found.aliases == {"2": "1"}
+    assert found.typical(["1", "2"]) == found.typical(["2"]) == found.typical(["1"])
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "tp_mrs.sensitivity/9"}', '{"format": 3}', "{" * 9000])
@@ -141,7 +290,7 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
 
 def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    path.write_text('{"format": "tp_mrs.sensitivity/1", "modules": {}}')
+    path.write_text('{"format": "tp_mrs.sensitivity/2", "modules": {}}')
     with pytest.raises(InputError, match="lacks parts"):
         Sensitivity.load(path)
 
@@ -177,11 +326,14 @@ def test_bad_data(data: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"epsilon": -0.1}, "epsilon: expected a number >= 0"),
+        ({"epsilon": -0.1}, "epsilon: expected a number > 0"),
+        ({"epsilon": 0.0}, "epsilon: expected a number > 0, got 0"),
         ({"epsilon": float("nan")}, "epsilon"),
         ({"estimator": "second_order"}, "estimator: expected one of first_order, pga"),
         ({"steps": 0}, "steps: expected an integer >= 1"),
         ({"max_batches": 0}, "max_batches"),
+        ({"precision": "fp16"}, "precision: expected one of fp32, bf16, got 'fp16'"),
+        ({"seed": -1}, "seed: expected an integer >= 0"),
         ({"example_inputs": torch.rand(3, 32, 32)}, "example_inputs: expected a tensor of shape"),
         ({"example_inputs": torch.rand(1, 5, 32, 32)}, "example_inputs: the model cannot run"),
         (
@@ -214,6 +366,7 @@ def test_no_attack(attack: Any, batches: Batches) -> None:
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "model: it has no parameters"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), "model: it has no convolutional or linear layer"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)), "model: it has no prunable layers"),
+        (small_cnn().half(), r"model: expected weights of torch.float32, 0's are torch.float16.*model.float\(\)"),
         (small_cnn().to("meta"), "model: its parameters are on the meta device"),
         ("resnet18", "model: expected a torch.nn.Module"),
     ],

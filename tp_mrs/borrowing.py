@@ -97,13 +97,18 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices):
             if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
+                seed_all(seed)
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def seed_all(seed: int) -> None:
+    """Start the random generators of Python, NumPy and torch from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextmanager

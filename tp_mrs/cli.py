@@ -174,13 +174,14 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
         job.attack,
         example_inputs=job.example_inputs,
         estimator=arguments.estimator,
+        steps=arguments.steps,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
     if out is not None:
         sensitivity.save(out / "sensitivity.json")
         _save_figure(sensitivity.plot(), out / "sensitivity")
-    print(sensitivity)
+    print(json.dumps(sensitivity.to_dict()) if arguments.json else sensitivity)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -382,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     _prune_arguments(prune)
     sensitivity = _command(commands, "sensitivity", _sensitivity, "measure which layers robustness hangs on", common)
     sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
+    sensitivity.add_argument("--steps", type=int, default=3, help="of the estimator pga (3)")
     _command(commands, "evaluate", _evaluate, "measure clean and robust accuracy, size and speed", common)
     _export_arguments(_command(commands, "export", _export, "write a saved model as ONNX or as a PyTorch program"))
     return parser

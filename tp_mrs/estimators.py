@@ -1,87 +1,229 @@
-"""How much robust loss a layer's worst small weight change costs: pure functions on frozen adversarial images."""
+"""How much robust loss the worst small change of some weights costs: estimators, on frozen adversarial images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import DivergenceError
+from .errors import DivergenceError, device_of
+from .numerics import Precision, autocast
+from .processes import add_up, add_up_gradients
 
 Batch = tuple[Tensor, Tensor]
 
+BLOCKS, SMALLEST_BLOCK = 16, 16
+"""Into how many blocks images are split, and how many a block has at least."""
 
-def robust_loss(model: nn.Module, batches: Sequence[Batch], *, differentiate: bool = True) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of `model` on `batches`; gradients add up in each parameter's `.grad`.
+SAMPLED_WEIGHTS = 4096
+"""So many random weights of a larger layer stand for all where blocks of images are told apart."""
 
-    Micro-batches of any size give the same result but for float error: each is weighted by its number of images.
+
+class RobustLoss:
+    """R(θ), the mean cross-entropy of a model on frozen adversarial images.
+
+    To tell how a result varies with the images, they are split into blocks; a pass returns each block's share of R, so
+    that the sum over all blocks, those of other processes too, is R. The model is run in the mode it is in.
+
+    Args:
+        model: gives logits.
+        batches: `(images, labels)`; this process's part of them.
+        precision: `"bf16"` runs the model under autocast; losses and gradients still add up in float32 or better.
     """
-    count = sum(len(labels) for _, labels in batches)
-    total, correct = 0.0, 0
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, precision: Precision = "fp32") -> None:
+        self.model, self.batches, self.blocks, self.precision = model, batches, in_blocks(batches), precision
+        self.device = device_of(model)
+        self.sizes = torch.tensor([len(labels) for _, labels in self.blocks])
+        """Number of images in each block."""
+        self.images = int(add_up(self.sizes.sum().to(self.device)))
+        """Number of images, on all processes."""
+        self.correct = 0
+        """How many of them the last pass classified correctly."""
+
+    def shares(self) -> Tensor:
+        """Each block's share of R, (blocks,) in float64, without gradients."""
+        with torch.no_grad():
+            return self._pass(self.batches)
+
+    def differentiate(self, after_block: Callable[[], None] | None = None) -> Tensor:
+        """The same, and the gradient of R in the `.grad` of each parameter that requires one.
+
+        Args:
+            after_block: called when a block's gradient has been added, before those of other processes are. Without it,
+                whole batches are run, which is faster.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        shares = self._pass(self.batches) if after_block is None else self._pass(self.blocks, after_block)
+        add_up_gradients(self.model)
+        return shares
+
+    def total(self, shares: Tensor) -> float:
+        """The sum over the blocks of all processes."""
+        return float(add_up(shares.sum().to(self.device)))
+
+    def _pass(self, batches: Sequence[Batch], after_each: Callable[[], None] = lambda: None) -> Tensor:
+        found, correct = [], 0
+        for images, labels in batches:
+            with autocast(self.device, self.precision):
+                logits = self.model(images)
+            losses = F.cross_entropy(logits.float(), labels, reduction="none") / self.images
+            if losses.requires_grad:
+                losses.sum().backward()
+            after_each()
+            found.append(losses.detach())
+            correct += int((logits.argmax(dim=1) == labels).sum())
+        shares = torch.stack([part.double().sum() for part in torch.cat(found).cpu().split(self.sizes.tolist())])
+        if not self.total(shares) < float("inf"):
+            raise DivergenceError(f"the loss on the attacked images is not finite{self._culprit()}")
+        self.correct = int(add_up(torch.tensor(correct, device=self.device)))
+        return shares
+
+    def _culprit(self) -> str:
+        """The first module to return something that is not finite, as the end of a sentence."""
+        for images, _ in self.batches:
+            name = first_non_finite(self.model, images)
+            if name is not None:
+                return f": {name or 'the model'} is the first module to return NaN or infinity; are its weights finite?"
+        return ""
+
+
+def in_blocks(batches: Iterable[Batch]) -> list[Batch]:
+    """The same images in parts small enough that there are about `BLOCKS`, but of `SMALLEST_BLOCK` images or more."""
+    batches = list(batches)
+    size = max(SMALLEST_BLOCK, math.ceil(sum(len(labels) for _, labels in batches) / BLOCKS))
+    blocks: list[Batch] = []
     for images, labels in batches:
-        with torch.set_grad_enabled(differentiate):
-            logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / count
-        if differentiate:
-            loss.backward()
-        total += loss.item()
-        correct += int((logits.argmax(dim=1) == labels).sum())
-    if not total < float("inf"):
-        raise DivergenceError(f"the loss on the attacked images is {total}; are the model's weights finite?")
-    return total, correct / count
+        parts = math.ceil(len(labels) / size)
+        blocks += zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    return blocks
 
 
-def first_order(weight: Tensor, gradient: Tensor, epsilon: float) -> float:
-    """`ε‖θ‖₂‖∂R/∂θ‖₂`: the largest increase of the linearised loss in the ball of radius ε‖θ‖₂."""
-    return epsilon * _norm(weight) * _norm(gradient)
+def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
+    """Name of the first module whose output holds NaN or infinity; None if none does."""
+    found: list[str] = []
+
+    def looking(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(looking(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def first_order(
+    loss: RobustLoss, weights: Mapping[str, nn.Parameter], epsilon: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ε‖θ‖₂‖∂R/∂θ‖₂`, the largest increase of the linearised loss in the ball of radius ε‖θ‖₂, for all layers at once.
+
+    One pass forward and backward. The gradients stay in `.grad`.
+
+    Args:
+        loss: of a model whose parameters all require gradients.
+        weights: of each layer.
+        epsilon: radius, relative to the norm of each weight.
+
+    Returns:
+        each block's share of R, (blocks,); and for each layer each block's share of its score, (blocks,) in float64.
+        How a score is split between blocks is worked out on `SAMPLED_WEIGHTS` of the layer's weights; the sum over the
+        blocks of all processes is exact.
+
+    Raises:
+        DivergenceError: the loss or a gradient is not finite.
+    """
+    sampled = {name: _sample(weight) for name, weight in weights.items()}
+    added: dict[str, list[Tensor]] = {name: [_pick(None, sample)] for name, sample in sampled.items()}
+
+    def note() -> None:
+        for name, sample in sampled.items():
+            added[name].append(_pick(weights[name].grad, sample))
+
+    shares = loss.differentiate(note)
+    scores = {}
+    for name, weight in weights.items():
+        length = 0.0 if weight.grad is None else norm(weight.grad)  # None if the forward pass never uses the layer
+        if not length < float("inf"):
+            raise DivergenceError(f"the gradient of {name} on the attacked images is not finite")
+        direction = _pick(weight.grad, sampled[name]).double()
+        steps = torch.stack(added[name]).double().diff(dim=0)
+        along = (steps @ direction).cpu()
+        total = float(direction.square().sum())
+        scores[name] = epsilon * norm(weight) * length * (along / total if total else loss.sizes / loss.images)
+    return shares, scores
 
 
 def projected_gradient_ascent(
-    model: nn.Module,
-    weight: nn.Parameter,
-    gradient: Tensor,
-    batches: Sequence[Batch],
+    loss: RobustLoss,
+    weights: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor],
     *,
-    loss: float,
+    base: Tensor,
     epsilon: float,
     steps: int,
-) -> float:
-    """The largest increase of the loss that `steps` steps of normalised-gradient ascent find in the ball.
+) -> Tensor:
+    """The largest increase of the loss that some steps of normalised-gradient ascent find, moving `weights` together.
 
-    The first step goes to the edge of the ball along `gradient`, the gradient at the centre; each further one moves by
-    the radius along the new gradient and is projected back. The best loss is kept, so the result is never negative.
-    `weight` is as before afterwards, exceptions included.
+    Each weight moves in its own ball of radius ε‖θ‖₂. The first step goes to the edge of the balls along `gradients`,
+    those at the centre; each further one moves by twice the radius along the new gradient and is projected back. The
+    best loss is kept, so the result is never negative. The weights are as before afterwards, exceptions included.
+
+    Args:
+        loss: of the model that the weights belong to.
+        weights: those of one layer, or of the layers of a group.
+        gradients: of R, for each weight.
+        base: each block's share of R at the centre, (blocks,).
+        epsilon: radius, relative to the norm of each weight.
+        steps: how often the gradient is taken, less the one at the centre, which is given; each is followed by a loss.
+
+    Returns:
+        each block's share of the increase, (blocks,) in float64.
     """
-    origin = weight.detach().clone()
-    radius = epsilon * _norm(origin)
-    delta, best = torch.zeros_like(origin), loss
-    with _only(model, weight):
+    origins = [weight.detach().clone() for weight in weights]
+    radii = [epsilon * norm(origin) for origin in origins]
+    deltas = [torch.zeros_like(origin) for origin in origins]
+    best, highest = base, loss.total(base)
+    with _only(loss.model, weights):
         try:
             for step in range(steps):
-                length = _norm(gradient)
-                if length == 0 or radius == 0:
-                    break
-                delta = _project(delta + gradient * (radius / length), radius)
-                with torch.no_grad():
-                    weight.copy_(origin + delta)
-                weight.grad = None
-                reached, _ = robust_loss(model, batches, differentiate=step + 1 < steps)
-                best = max(best, reached)
-                gradient = weight.grad if weight.grad is not None else gradient
+                stride = 1 if step == 0 else 2
+                for index, (weight, origin, radius) in enumerate(zip(weights, origins, radii, strict=True)):
+                    deltas[index] = _moved(deltas[index], gradients[index], stride * radius, radius)
+                    with torch.no_grad():
+                        weight.copy_(origin + deltas[index])
+                shares = loss.differentiate() if step + 1 < steps else loss.shares()
+                reached = loss.total(shares)
+                if reached > highest:
+                    best, highest = shares, reached
+                gradients = [
+                    old if weight.grad is None else weight.grad for weight, old in zip(weights, gradients, strict=True)
+                ]
         finally:
             with torch.no_grad():
-                weight.copy_(origin)
-            weight.grad = None
-    return best - loss
+                for weight, origin in zip(weights, origins, strict=True):
+                    weight.copy_(origin)
+                    weight.grad = None
+    return best - base
 
 
 @contextmanager
-def _only(model: nn.Module, weight: nn.Parameter) -> Iterator[None]:
-    """Gradients for one parameter alone, so that backward passes stop at its layer."""
-    others = [p for p in model.parameters() if p is not weight and p.requires_grad]
+def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters alone, so that backward passes stop at their layers."""
+    chosen = {id(weight) for weight in weights}
+    others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -91,10 +233,33 @@ def _only(model: nn.Module, weight: nn.Parameter) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _project(delta: Tensor, radius: float) -> Tensor:
-    length = _norm(delta)
-    return delta if length <= radius else delta * (radius / length)
+def _moved(delta: Tensor, gradient: Tensor, stride: float, radius: float) -> Tensor:
+    """`delta`, moved by `stride` along the gradient and projected back into the ball."""
+    length = norm(gradient)
+    if length > 0:
+        delta = delta + gradient * (stride / length)
+    distance = norm(delta)
+    return delta if distance <= radius else delta * (radius / distance)
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+def norm(tensor: Tensor) -> float:
+    """The L2 norm of all values; PyTorch's own is off by 1e-4 for millions of them in float32, or slow in float64."""
+    largest = float(tensor.detach().abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(float((tensor.detach() / largest).square().sum()))
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Positions of some random values of a tensor, or of all if they are few; the same each time."""
+    if weight.numel() <= SAMPLED_WEIGHTS:
+        return torch.arange(weight.numel(), device=weight.device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(weight.numel(), (SAMPLED_WEIGHTS,), generator=generator).to(weight.device)
+
+
+def _pick(tensor: Tensor | None, positions: Tensor) -> Tensor:
+    """The values there; zeros if there is no tensor."""
+    if tensor is None:
+        return torch.zeros(len(positions), device=positions.device)
+    return tensor.detach().reshape(-1)[positions]

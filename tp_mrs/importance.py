@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import AttackLike, bind
 from .errors import InputError, check_choice, check_count, check_number
+from .numerics import Precision
 from .pruning import layers_of, prunable_groups, refresh
 from .sensitivity import Estimator, Measurement, Sensitivity, check_settings, measure, measured_weights
 
@@ -30,8 +31,8 @@ _OUT_OF_REACH = 1e6
 class MRSImportance(tp.importance.Importance):
     """Scores of a base importance, weighted by the Module Robustness Sensitivity of the coupled group.
 
-    For channel c of group g the score is `(T_g / T)^α · base_g(c)`. T_g is the group's typical sensitivity, the sum of
-    MRS_i / √(weights of layer i) over its layers (see `Sensitivity.typical`), and T the geometric mean of the layers'.
+    For channel c of group g the score is `(T_g / T)^α · base_g(c)`. T_g is the group's typical sensitivity,
+    √(Σ MRS_i² / weights of layer i) over its layers (see `Sensitivity.typical`); T is the geometric mean over layers.
     With `global_pruning=True`, insensitive groups are pruned more and sensitive ones less. The model is measured when
     the importance is first called, and again once its shapes have changed.
 
@@ -48,7 +49,7 @@ class MRSImportance(tp.importance.Importance):
             sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
             does. Over several steps, it is a fraction of the channels at the first.
         round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
-        epsilon, estimator, steps, max_batches, seed, progress: as for `measure_sensitivity`.
+        epsilon, estimator, steps, max_batches, precision, channels_last, seed, progress: as for `measure_sensitivity`.
 
     Raises:
         InputError: an argument is unusable; when called, if a group belongs to another model.
@@ -73,13 +74,23 @@ class MRSImportance(tp.importance.Importance):
         estimator: Estimator = "first_order",
         steps: int = 3,
         max_batches: int | None = None,
+        precision: Precision = "fp32",
+        channels_last: bool = False,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         check_number("alpha", alpha, low=0)
         check_number("min_keep", min_keep, low=0, high=1)
         check_count("round_to", round_to)
-        check_settings(epsilon=epsilon, estimator=estimator, steps=steps, max_batches=max_batches)
+        settings: dict[str, Any] = {
+            "epsilon": epsilon,
+            "estimator": estimator,
+            "steps": steps,
+            "max_batches": max_batches,
+            "precision": precision,
+            "seed": seed,
+        }
+        check_settings(**settings)
         if not callable(base):
             check_choice("base", base, BASES)
         if isinstance(data, Iterator):
@@ -92,14 +103,7 @@ class MRSImportance(tp.importance.Importance):
         self.base = base if callable(base) else BASES[base]()
         self.alpha, self.min_keep, self.round_to = alpha, min_keep, round_to
         self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
-        self._settings: dict[str, Any] = {
-            "epsilon": epsilon,
-            "estimator": estimator,
-            "steps": steps,
-            "max_batches": max_batches,
-            "seed": seed,
-            "progress": progress,
-        }
+        self._settings = {**settings, "channels_last": channels_last, "progress": progress}
         self._measured: tuple[tuple[torch.Size, ...], Measurement] | None = None
 
     def measurement(self) -> Measurement:
