@@ -25,12 +25,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from benchmarks.networks import BATCH_SIZE, EPS, NETWORKS, TRAINING
+from benchmarks.networks import dense as dense_network
 from benchmarks.tables import FOLDER, RESULTS, fill, provenance
 from tp_mrs import MRSImportance, allocate, evaluate, recalibrate
 from tp_mrs.allocation import amount
 from tp_mrs.attacks import AttackFactory, named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
-from tp_mrs.dense import dense_model
 from tp_mrs.files import read_json, write_json
 from tp_mrs.pruning import build_pruner, prune_by_ratio, refresh
 from tp_mrs.sensitivity import Measurement, measure
@@ -39,41 +40,8 @@ FORMAT = "tp_mrs.one_shot/1"
 ATTACK = "pgd-10"
 CALIBRATION_IMAGES = 512
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "macs": [0.25],
-        "eps": "0.1",
-        "architecture": "resnet18",
-        "arguments": {"channels": [32, 64, 128, 256]},
-        "batch_size": 32,
-        "test_images": 300,
-        "training": {
-            "objective": "pgd",
-            "attack": "pgd-3",
-            "epochs": 8,
-            "lr": 0.005,
-            "optimizer": "adamw",
-            "precision": "bf16",
-            "channels_last": True,
-        },
-    },
-    "cifar10": {
-        "macs": [0.6],
-        "eps": "8/255",
-        "architecture": "resnet18",
-        "arguments": {"channels": [16, 32, 64, 128]},
-        "batch_size": 128,
-        "test_images": 500,
-        "training": {
-            "objective": "fgsm",
-            "epochs": 10,
-            "lr": 0.1,
-            "optimizer": "sgd",
-            "precision": "bf16",
-            "channels_last": True,
-        },
-    },
-}
+ARCHITECTURE, TEST_IMAGES = "resnet18", {"digits": 300, "cifar10": 500}
+MACS = {"digits": [0.25], "cifar10": [0.6]}
 
 
 @dataclass(frozen=True)
@@ -176,20 +144,11 @@ CRITERIA: dict[str, Criterion] = {
 
 def compare(name: str, data: ImageData, seed: int) -> dict[str, Any]:
     """Prune and evaluate one dense model by every criterion and budget."""
-    settings = SETTINGS[name]
-    eps = parse_eps(settings["eps"])
-    dense = dense_model(
-        data,
-        settings["architecture"],
-        arguments=settings["arguments"],
-        batch_size=settings["batch_size"],
-        seed=seed,
-        eps=eps,
-        **settings["training"],
-    )
+    eps = parse_eps(EPS[name])
+    dense = dense_network(data, ARCHITECTURE, seed=seed)
     images = random_subset(data.calibration, CALIBRATION_IMAGES, seed=seed)
     calibration = list(make_loader(images, batch_size=128))
-    test = list(make_loader(random_subset(data.test, settings["test_images"], seed=0), batch_size=250))
+    test = list(make_loader(random_subset(data.test, TEST_IMAGES[name], seed=0), batch_size=250))
     example, rows = torch.zeros(1, *data.shape), []
     total_macs, total_params = (amount(dense, example, what) for what in ("macs", "params"))
 
@@ -215,7 +174,7 @@ def compare(name: str, data: ImageData, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     measurement = measure(dense, calibration, attack, seed=seed, progress=False)
     measuring = time.perf_counter() - start
-    for macs in settings["macs"]:
+    for macs in MACS[name]:
         for criterion, prune in CRITERIA.items():
             case = Case(example, calibration, attack, measurement, macs, seed)
             start = time.perf_counter()
@@ -225,7 +184,16 @@ def compare(name: str, data: ImageData, seed: int) -> dict[str, Any]:
         "format": FORMAT,
         "data": name,
         "seed": seed,
-        "settings": {**settings, "attack": ATTACK, "calibration_images": CALIBRATION_IMAGES},
+        "settings": {
+            "architecture": ARCHITECTURE,
+            **NETWORKS[name, ARCHITECTURE],
+            "training": TRAINING[name],
+            "batch_size": BATCH_SIZE[name],
+            "eps": EPS[name],
+            "test_images": TEST_IMAGES[name],
+            "attack": ATTACK,
+            "calibration_images": CALIBRATION_IMAGES,
+        },
         **provenance(),
         "measuring_seconds": round(measuring, 2),
         "rows": rows,
@@ -238,9 +206,9 @@ def compare(name: str, data: ImageData, seed: int) -> dict[str, Any]:
 def tables() -> str:
     """Markdown tables of the committed results: means over seeds."""
     parts = []
-    for name, settings in SETTINGS.items():
+    for name, budgets in MACS.items():
         runs = [read_json(path, FORMAT) for path in sorted(RESULTS.glob(f"one_shot-{name}-*.json"))]
-        for macs in settings["macs"] if runs else []:
+        for macs in budgets if runs else []:
             parts.append(table(name, macs, runs))
     return "\n\n".join(parts)
 
@@ -269,7 +237,7 @@ def table(name: str, macs: float, runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=SETTINGS, default="digits")
+    parser.add_argument("--data", choices=MACS, default="digits")
     parser.add_argument("--data-dir")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--report", action="store_true", help="write the tables only")

@@ -1,0 +1,60 @@
+"""The dense, adversarially trained networks that benchmarks start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tp_mrs.attacks import parse_eps
+from tp_mrs.data import ImageData
+from tp_mrs.dense import dense_model
+
+EPS = {"digits": "0.1", "cifar10": "8/255"}
+
+BATCH_SIZE = {"digits": 32, "cifar10": 128}
+
+TRAINING: dict[str, dict[str, Any]] = {
+    "digits": {
+        "objective": "pgd",
+        "attack": "pgd-3",
+        "epochs": 8,
+        "lr": 0.005,
+        "optimizer": "adamw",
+        "precision": "bf16",
+        "channels_last": True,
+    },
+    "cifar10": {
+        "objective": "fgsm",
+        "epochs": 10,
+        "lr": 0.1,
+        "optimizer": "sgd",
+        "precision": "bf16",
+        "channels_last": True,
+    },
+}
+
+NETWORKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "resnet18"): {"arguments": {"channels": [32, 64, 128, 256]}},
+    ("digits", "narrow resnet18"): {"arguments": {"channels": [16, 32, 64, 128]}},
+    ("digits", "vgg11_bn"): {},
+    ("digits", "mobilevit_xxs"): {},
+    ("cifar10", "resnet18"): {"arguments": {"channels": [16, 32, 64, 128]}},
+    ("cifar10", "vgg11_bn"): {"epochs": 1},
+    ("cifar10", "mobilevit_xxs"): {"epochs": 1, "lr": 0.005, "optimizer": "adamw"},
+}
+"""Data and name → what is special in making and training it. Long runs on a CPU are short of epochs."""
+
+
+def dense(data: ImageData, name: str, *, seed: int = 0) -> nn.Module:
+    """The network, read from the cache of tp_mrs if it has been trained before."""
+    special = dict(NETWORKS[data.name, name])
+    return dense_model(
+        data,
+        name.removeprefix("narrow "),
+        arguments=special.pop("arguments", {}),
+        batch_size=BATCH_SIZE[data.name],
+        seed=seed,
+        eps=parse_eps(EPS[data.name]),
+        **{**TRAINING[data.name], **special},
+    )

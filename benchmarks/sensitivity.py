@@ -1,0 +1,599 @@
+"""Is MRS right, how right, and what does it cost? Estimators against references, group scores against real damage.
+
+    python -m benchmarks.sensitivity                          # all parts that have no result yet
+    python -m benchmarks.sensitivity --parts truth speed      # some of them, anew
+    python -m benchmarks.sensitivity --data-dir DIR           # CIFAR-10 too
+    python -m benchmarks.sensitivity --report                 # tables and plot from the results
+
+Parts: `truth`, layers' scores against a converged maximiser and RiFT's procedure; `speed`, against RiFT's; `scaling`,
+from resnet18 to resnet101; `memory`, beside a training step's; `damage`, groups' scores against what pruning really
+costs; `alpha`, exponents of `allocate`; `images`, how many images it takes. Each network or seed is a file in
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchattacks
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from benchmarks.networks import EPS, NETWORKS, dense
+from benchmarks.one_shot import MeasuredBefore
+from benchmarks.references import converged, rift
+from benchmarks.tables import RESULTS, fill, provenance
+from tp_mrs import allocate, create_model, recalibrate
+from tp_mrs.attacks import named_attack, parse_eps
+from tp_mrs.data import ImageData, load_data, make_loader, random_subset
+from tp_mrs.estimators import RobustLoss, first_order, projected_gradient_ascent
+from tp_mrs.files import read_json, write_json
+from tp_mrs.importance import MRSImportance
+from tp_mrs.numerics import Precision
+from tp_mrs.pruning import prunable_groups, prune_by_ratio
+from tp_mrs.sensitivity import FEWEST_BLOCKS, combined, measure, measured_weights
+
+FORMAT = "tp_mrs.sensitivity_benchmark/1"
+EPSILON = 0.1
+ASCENTS = (1, 2, 3, 5)
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def images_of(data: ImageData, count: int, *, split: str = "calibration", skip: int = 0) -> tuple[Tensor, Tensor]:
+    """The first images of a fixed random order, in one batch."""
+    chosen = random_subset(getattr(data, split), skip + count, seed=0)
+    images, labels = next(iter(make_loader(chosen, batch_size=skip + count)))
+    return images[skip:], labels[skip:]
+
+
+def attacked(model: nn.Module, data: ImageData, batch: tuple[Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """The images after PGD on the model."""
+    torch.manual_seed(0)
+    attack = named_attack(f"pgd-{steps}", eps=parse_eps(EPS[data.name]))(model.eval())
+    return attack(*batch).detach(), batch[1]
+
+
+def correlation(ours: list[float], theirs: list[float]) -> float:
+    """Spearman's, rounded."""
+    return round(float(spearmanr(ours, theirs).statistic), 3)
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    value = run()
+    return time.perf_counter() - start, value
+
+
+class Estimates:
+    """Our estimators on one network and one set of adversarial images, as `measure` uses them."""
+
+    def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor], precision: Precision = "fp32") -> None:
+        self.model = model.eval().requires_grad_(True)
+        self.weights, _ = measured_weights(model)
+        self.loss = RobustLoss(model, [batch], precision=precision)
+
+    def first_order(self) -> dict[str, float]:
+        self.base, shares = first_order(self.loss, self.weights, EPSILON)
+        self.gradients = {name: weight.grad for name, weight in self.weights.items()}
+        return {name: float(share.sum()) for name, share in shares.items()}
+
+    def ascent(self, layers: list[str], steps: int) -> float:
+        """Of these layers together; after `first_order`."""
+        gradients = [gradient for name in layers if (gradient := self.gradients[name]) is not None]
+        weights = [self.weights[name] for name in layers]
+        found = projected_gradient_ascent(self.loss, weights, gradients, base=self.base, epsilon=EPSILON, steps=steps)
+        return float(found.sum())
+
+    def ascents(self, steps: int) -> dict[str, float]:
+        return {name: self.ascent([name], steps) for name in self.weights}
+
+
+# --- truth: estimators against a converged maximiser and RiFT ------------------------------------------------------
+
+
+def truth(seed: int) -> dict[str, Any]:
+    """All layers of a small robust network: every estimator, RiFT's procedure, and the converged maximum."""
+    data = load_data("digits")
+    model = dense(data, "narrow resnet18", seed=seed)
+    batch = attacked(model, data, images_of(data, 128), 10)
+    times: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
+    precisions: dict[Precision, str] = {"fp32": "", "bf16": ", bf16"}
+    for precision, suffix in precisions.items():
+        ours = Estimates(model, batch, precision)
+        ours.first_order()  # warms up
+        label = f"first_order{suffix}"
+        times[label], scores[label] = seconds(ours.first_order)
+        for steps in ASCENTS:
+            label = f"pga-{steps}{suffix}"
+            times[label], scores[label] = seconds(partial(ours.ascents, steps))
+    times["rift"], scores["rift"] = seconds(lambda: {n: rift(model, n, [batch]) for n in ours.weights})
+    times["converged"], scores["converged"] = seconds(lambda: {n: converged(model, n, [batch]) for n in ours.weights})
+    return {"seed": seed, "images": 128, "scores": scores, "seconds": times}
+
+
+# --- speed, scaling, memory ------------------------------------------------------------------------------------------
+
+
+def random_batch(count: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, size, size, generator=generator), torch.randint(10, (count,), generator=generator)
+
+
+def speed() -> dict[str, Any]:
+    """resnet18 of full width: `first_order` and `pga` against RiFT's procedure, adversarial images given."""
+    torch.manual_seed(0)
+    model, batch = create_model("resnet18", num_classes=10, image_size=32), random_batch(64)
+    layers = list(measured_weights(model)[0])
+    ours = {
+        label: partial(measure, model, [batch], torchattacks.VANILA, progress=False, **options)
+        for label, options in SPEED_OPTIONS.items()
+    }
+    for run in ours.values():  # warms up, and bf16 compiles its kernels
+        if run.keywords.get("estimator") != "pga":
+            run()
+    times: dict[str, list[float]] = {label: [] for label in ours}
+    theirs = 0.0
+    for layer in layers:  # all in turn, so that a busy moment meets all
+        theirs += seconds(partial(rift, model, layer, [batch]))[0]
+        for label, run in ours.items():
+            if run.keywords.get("estimator") != "pga":
+                times[label].append(seconds(run)[0])
+    for label, run in ours.items():
+        if not times[label]:
+            times[label].append(seconds(run)[0])
+    return {
+        "images": len(batch[0]),
+        "layers": len(layers),
+        "seconds": {"rift": round(theirs, 2), **{label: round(statistics.median(t), 3) for label, t in times.items()}},
+        "times_faster": {label: round(theirs / statistics.median(t), 1) for label, t in times.items()},
+    }
+
+
+SPEED_OPTIONS: dict[str, dict[str, Any]] = {
+    "first_order": {},
+    "first_order, bf16": {"precision": "bf16"},
+    "pga-2": {"estimator": "pga", "steps": 2},
+    "pga-3": {"estimator": "pga", "steps": 3},
+    "pga-2, bf16": {"estimator": "pga", "steps": 2, "precision": "bf16", "channels_last": True},
+    "pga-3, bf16": {"estimator": "pga", "steps": 3, "precision": "bf16", "channels_last": True},
+}
+
+
+def scaling() -> dict[str, Any]:
+    """How `first_order` grows with depth, beside one pass forward and backward."""
+    batch = random_batch(32)
+    found: dict[str, dict[str, float]] = {}
+    for name in ("resnet18", "resnet101"):
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=10, image_size=32).eval()
+
+        def plain(model: nn.Module = model) -> None:
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+
+        ours = partial(measure, model, [batch], torchattacks.VANILA, progress=False)
+        pairs = [(seconds(ours)[0], seconds(plain)[0]) for _ in range(5)][1:]
+        found[name] = {
+            "first_order": round(statistics.median(ours for ours, _ in pairs), 3),
+            "forward and backward": round(statistics.median(theirs for _, theirs in pairs), 3),
+            "ratio": round(statistics.median(ours / theirs for ours, theirs in pairs), 3),
+        }
+    growth = found["resnet101"]["ratio"] / found["resnet18"]["ratio"]
+    return {"images": len(batch[0]), "networks": found, "growth": round(growth, 3)}
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory of a process that measures, and of one that trains, on the same batches of 64."""
+    peaks = {
+        what: int(
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.sensitivity", "--peak", what], capture_output=True, check=True
+            ).stdout
+        )
+        for what in ("nothing", "training", "first_order", "pga")
+    }
+    idle = peaks.pop("nothing")
+    used = {what: peak - idle for what, peak in peaks.items()}
+    return {
+        "batch_size": 64,
+        "megabytes": {what: round(kilobytes / 1024) for what, kilobytes in used.items()},
+        "ratio": {what: round(used[what] / used["training"], 2) for what in ("first_order", "pga")},
+    }
+
+
+def peak(what: str) -> int:
+    """Peak resident memory of this process, in kilobytes, once it has done that."""
+    torch.manual_seed(0)
+    model, batches = create_model("resnet18", num_classes=10, image_size=32), [random_batch(64) for _ in range(3)]
+    if what == "training":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    elif what != "nothing":
+        measure(model, batches, torchattacks.VANILA, estimator=what, steps=2, progress=False)  # type: ignore[arg-type]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- damage: groups' scores against what pruning costs --------------------------------------------------------------
+
+RATIOS = (0.1, 0.3, 0.5)
+
+
+def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
+    """For each group: its scores, and the robust loss that losing 10, 30 and 50% of its channels costs.
+
+    Channels go by Taylor importance on the adversarial loss. The pruned network is attacked anew, by PGD-3 on test
+    images.
+    """
+    data = load_data(data_name, folder)
+    model = dense(data, name)
+    calibration, test = images_of(data, 256), images_of(data, 128, split="test")
+    batch = attacked(model, data, calibration, 10)
+    example = calibration[0][:1]
+    model.to(memory_format=torch.channels_last)
+    groups = prunable_groups(model, example)
+    ours = Estimates(model, batch)
+    modules = {"first_order": ours.first_order(), "pga": ours.ascents(3)}
+    members = {group.name: [layer for layer in group.layers if layer in ours.weights] for group in groups}
+    sizes = {layer: weight.numel() for layer, weight in ours.weights.items()}
+    together = {group: ours.ascent(layers, 3) for group, layers in members.items()}
+    importance = MRSImportance(model, [calibration], named_attack("pgd-10", eps=parse_eps(EPS[data.name])), alpha=0.0)
+    measurement = importance.measurement()
+    dense_loss = {"as it was": robustness(model, data, test)}
+    dense_loss["recalibrated"] = dense_loss["as it was"]
+    costs: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for ratio in RATIOS:
+        for group in groups:
+            pruned = copy.deepcopy(model)
+            taylor = MeasuredBefore(pruned, [calibration], torchattacks.VANILA, alpha=0.0)
+            taylor.shared = measurement
+            prune_by_ratio(pruned, example, {pruned.get_submodule(group.name): ratio}, taylor)
+            cost = {"as it was": robustness(pruned, data, test)}
+            cost["recalibrated"] = robustness(recalibrate(pruned, [calibration]), data, test)
+            costs.setdefault(f"{ratio:g}", {})[group.name] = {
+                how: [round(found - before, 5) for found, before in zip(cost[how], dense_loss[how], strict=True)]
+                for how in cost
+            }
+    return {
+        "data": data.name,
+        "network": name,
+        **NETWORKS[data.name, name],
+        "calibration_images": 256,
+        "test_images": 128,
+        "dense": dense_loss["as it was"],
+        "members": members,
+        "sizes": sizes,
+        "modules": modules,
+        "together": together,
+        "costs": costs,
+    }
+
+
+def robustness(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> list[float]:
+    """Cross-entropy and accuracy on test images attacked by PGD-3."""
+    images, labels = attacked(model.to(memory_format=torch.channels_last), data, test, 3)
+    with torch.no_grad():
+        logits = model(images)
+    return [float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())]
+
+
+def group_scores(result: dict[str, Any]) -> dict[str, list[float]]:
+    """Ways to make a group's score from its layers', for all groups of a network."""
+    members, sizes = result["members"], result["sizes"]
+
+    def each(estimator: str, how: Callable[[list[float], list[int]], float]) -> list[float]:
+        scores = result["modules"][estimator]
+        return [how([scores[n] for n in layers], [sizes[n] for n in layers]) for layers in members.values()]
+
+    def typical(scores: list[float], weights: list[int]) -> float:
+        return float(combined(np.array(scores), np.array(weights, dtype=float), typical=True))
+
+    return {
+        "largest layer": each("first_order", lambda scores, _: max(scores)),
+        "sum": each("first_order", lambda scores, _: sum(scores)),
+        "sum, pga": each("pga", lambda scores, _: sum(scores)),
+        "together, pga": list(result["together"].values()),
+        "together / √weights, pga": [
+            score / sum(sizes[n] for n in members[group]) ** 0.5 for group, score in result["together"].items()
+        ],
+        "typical": each("first_order", typical),
+        "typical, pga": each("pga", typical),
+    }
+
+
+def damage_correlations(result: dict[str, Any], how: str = "as it was") -> dict[str, dict[str, float]]:
+    """Score → fraction removed → rank correlation with the robust loss that this costs."""
+    return {
+        label: {
+            ratio: correlation(scores, [costs[group][how][0] for group in result["members"]])
+            for ratio, costs in result["costs"].items()
+        }
+        for label, scores in group_scores(result).items()
+    }
+
+
+# --- alpha: how much sensitivity should count ----------------------------------------------------------------------
+
+ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+def alpha(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
+    """Robust accuracy of the network at half its MACs, BatchNorm recalibrated, for each exponent of `allocate`."""
+    data = load_data(data_name, folder)
+    model = dense(data, name)
+    calibration, test = images_of(data, 512), images_of(data, 256, split="test")
+    attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
+    example = calibration[0][:1]
+    importance = MRSImportance(model, [calibration], attack, alpha=0.0, channels_last=True, progress=False)
+    sensitivity = importance.sensitivity(example)
+    rows = {}
+    for exponent in ALPHAS:
+        pruned = copy.deepcopy(model)
+        taylor = MeasuredBefore(pruned, [calibration], attack, alpha=0.0)
+        taylor.shared = importance.measurement()
+        ratios = allocate(pruned, example, sensitivity, macs=0.5, alpha=exponent)
+        prune_by_ratio(pruned, example, ratios, taylor)
+        rows[f"{exponent:g}"] = robustness(recalibrate(pruned, [calibration]), data, test)
+    return {"data": data.name, "network": name, "macs": 0.5, "dense": robustness(model, data, test), "rows": rows}
+
+
+# --- images: how many it takes ----------------------------------------------------------------------------------------
+
+
+def images(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
+    """The groups' ranking from disjoint sets of images: how alike it is, and how alike each set says it would be."""
+    data = load_data(data_name, folder)
+    model = dense(data, name)
+    attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
+    rows = []
+    for count in (32, 64, 128, 256, 512):
+        sets = min(4, len(data.calibration) // count)  # type: ignore[arg-type]
+        found = []
+        for index in range(sets):
+            batch = images_of(data, count, skip=index * count)
+            measurement = measure(model, [batch], attack, channels_last=True, progress=False)
+            found.append(measurement.sensitivity(prunable_groups(model, batch[0][:1])))
+        rankings = [list(each.typical.values()) for each in found]
+        pairs = [correlation(one, other) for one, other in itertools.combinations(rankings, 2)]
+        rows.append(
+            {
+                "images": count,
+                "sets": sets,
+                "between sets": round(statistics.mean(pairs), 3),
+                "bootstrap": round(statistics.mean(each.rank_stability() for each in found), 3)
+                if len(found[0].blocks) >= FEWEST_BLOCKS
+                else None,
+            }
+        )
+    return {"data": data.name, "network": name, "rows": rows}
+
+
+# --- running and reporting -------------------------------------------------------------------------------------------
+
+
+def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Part, file name and function of everything there is to do, with the data at hand."""
+    for seed in range(3):
+        yield "truth", f"truth-{seed}", partial(truth, seed)
+    yield "speed", "speed", speed
+    yield "scaling", "scaling", scaling
+    yield "memory", "memory", memory
+    for data, name in NETWORKS:
+        if data in folders and not name.startswith("narrow"):
+            if name == "resnet18":
+                yield "images", f"images-{data}", partial(images, data, folders[data], name)
+            yield "alpha", f"alpha-{data}-{name}", partial(alpha, data, folders[data], name)
+            yield "damage", f"damage-{data}-{name}", partial(damage, data, folders[data], name)
+
+
+def path_of(file: str) -> Path:
+    return RESULTS / f"sensitivity-{file}.json"
+
+
+def results(part: str) -> list[dict[str, Any]]:
+    """What there is of a part."""
+    return [read_json(path, FORMAT) for path in sorted(RESULTS.glob(f"sensitivity-{part}*.json"))]
+
+
+def report() -> str:
+    """All tables."""
+    tables = [truth_table(), speed_table(), damage_table(), alpha_table(), images_table()]
+    return "\n\n".join(table for table in tables if table)
+
+
+def highest(run: dict[str, Any]) -> dict[str, float]:
+    """Layer → the largest increase that anything found in full precision; what is reached is no overestimate."""
+    exact = [scores for name, scores in run["scores"].items() if "first_order" not in name and "bf16" not in name]
+    return {layer: max(scores[layer] for scores in exact) for layer in exact[0]}
+
+
+def truth_table() -> str:
+    found = results("truth")
+    if not found:
+        return ""
+    lines = [
+        f"**Layers.** resnet18 of widths 16–128, adversarially trained on digits, {found[0]['images']} images, "
+        f"{len(found)} seeds: rank correlation over all layers with the highest increase that anything found, for each "
+        "seed; the smallest ratio to it, and to RiFT's value, of any layer; and RiFT's time over the estimator's.",
+        "",
+        "| estimator | rank correlation | over highest, at least | over RiFT's, at least | times faster than RiFT |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in [name for name in found[0]["scores"] if name != "converged"]:
+        rows = []
+        for run in found:
+            best = highest(run)
+            mine, theirs = run["scores"][name], run["scores"]["rift"]
+            rows.append(
+                (
+                    correlation(list(mine.values()), list(best.values())),
+                    min(mine[n] / best[n] for n in best),
+                    min(mine[n] / theirs[n] for n in best if theirs[n] > 0),
+                    run["seconds"]["rift"] / run["seconds"][name],
+                )
+            )
+        columns = list(zip(*rows, strict=True))
+        ranks = " ".join(f"{rank:.2f}" for rank in columns[0])
+        cost = statistics.median(columns[3])
+        lines.append(f"| {name} | {ranks} | {min(columns[1]):.2f} | {min(columns[2]):.2f} | {cost:.3g} |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    lines = []
+    for run in results("speed"):
+        faster = ", ".join(f"`{name}` {times:.3g}" for name, times in run["times_faster"].items())
+        lines.append(
+            f"**Speed.** resnet18 of full width, {run['layers']} layers, {run['images']} images of 32×32, adversarial "
+            f"images given: times faster than RiFT's procedure: {faster}, on {run['device']}."
+        )
+    for run in results("scaling"):
+        ratios = ", ".join(f"{name} {found['ratio']:.2f}" for name, found in run["networks"].items())
+        lines.append(
+            f"**Depth.** Time of `first_order` over a pass forward and backward, {run['images']} images: {ratios}."
+        )
+    for run in results("memory"):
+        ratios = ", ".join(f"`{name}` {ratio:.2f}" for name, ratio in run["ratio"].items())
+        lines.append(
+            f"**Memory.** Peak over a training step's, resnet18, batches of {run['batch_size']}: {ratios} "
+            f"({run['megabytes']['training']} MB)."
+        )
+    return "\n\n".join(lines)
+
+
+def damage_table() -> str:
+    found = results("damage")
+    if not found:
+        return ""
+    labels = list(damage_correlations(found[0]))
+    lines = [
+        "**Groups.** Rank correlation of groups' scores with the robust loss (test images attacked anew) that losing "
+        f"10 / 30 / 50% of a group's channels costs; {found[0]['calibration_images']} calibration and "
+        f"{found[0]['test_images']} test images. In brackets: BatchNorm recalibrated, 30%.",
+        "",
+        f"| score | {' | '.join(run['data'] + ', ' + run['network'] for run in found)} |",
+        f"| --- |{' ---: |' * len(found)}",
+    ]
+    for label in labels:
+        cells = []
+        for run in found:
+            own, after = damage_correlations(run)[label], damage_correlations(run, "recalibrated")[label]
+            cells.append(f"{' / '.join(f'{value:.2f}' for value in own.values())} ({after['0.3']:.2f})")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def alpha_table() -> str:
+    found = results("alpha")
+    if not found:
+        return ""
+    lines = [
+        f"**α.** Robust accuracy (PGD-3, 256 test images, %) at {found[0]['macs']:.0%} of the MACs by `allocate`, no "
+        "fine-tuning, BatchNorm recalibrated.",
+        "",
+        f"| network | dense | {' | '.join(f'α = {exponent}' for exponent in found[0]['rows'])} |",
+        f"| --- | ---: |{' ---: |' * len(found[0]['rows'])}",
+    ]
+    for run in found:
+        cells = " | ".join(f"{100 * accuracy:.1f}" for _, accuracy in run["rows"].values())
+        lines.append(f"| {run['data']}, {run['network']} | {100 * run['dense'][1]:.1f} | {cells} |")
+    return "\n".join(lines)
+
+
+def images_table() -> str:
+    found = results("images")
+    if not found:
+        return ""
+    lines = [
+        "**Images.** Rank correlation of the groups' typical sensitivities between disjoint sets of images, and what "
+        "the bootstrap within a set says it is.",
+        "",
+        f"| images | {' | '.join(run['data'] + ', between sets | bootstrap' for run in found)} |",
+        f"| ---: |{' ---: | ---: |' * len(found)}",
+    ]
+    for row in zip(*(run["rows"] for run in found), strict=False):
+        cells = [
+            f"{each['between sets']:.2f} | {'–' if each['bootstrap'] is None else format(each['bootstrap'], '.2f')}"
+            for each in row
+        ]
+        lines.append(f"| {row[0]['images']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """Scores against damage for each network, and estimators against the maximum for each layer."""
+    from matplotlib.figure import Figure
+
+    networks, seeds = results("damage"), results("truth")
+    if not networks or not seeds:
+        return
+    figure = Figure(figsize=(3.1 * (1 + len(networks)), 3.3), layout="constrained")
+    axes = figure.subplots(1, 1 + len(networks), squeeze=False)[0]
+    styles = {"rift": ("#999999", "v"), "first_order": ("#0072B2", "o"), "pga-3": ("#D55E00", "^")}
+    for name, (colour, marker) in styles.items():
+        points = [(value, run["scores"][name][layer]) for run in seeds for layer, value in highest(run).items()]
+        axes[0].loglog(*zip(*points, strict=True), marker, color=colour, label=name, markersize=3.5, alpha=0.8)
+    ends = axes[0].get_xlim()
+    axes[0].plot(ends, ends, color="black", linewidth=0.7)
+    axes[0].legend(frameon=False, fontsize="small")
+    axes[0].set(title="layers, digits", xlabel="highest found by any (nats)", ylabel="estimate (nats)")
+    for axis, run in zip(axes[1:], networks, strict=True):
+        costs = [run["costs"]["0.3"][group]["as it was"][0] for group in run["members"]]
+        axis.plot(group_scores(run)["typical"], costs, "o", color="#009E73", markersize=4)
+        rank = damage_correlations(run)["typical"]["0.3"]
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.set(title=f"{run['data']}, {run['network']}: {rank:.2f}", xlabel="typical sensitivity (nats)")
+    axes[1].set_ylabel("robust loss from losing 30% of a group (nats)")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize("medium")
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("truth", "speed", "scaling", "memory", "damage", "alpha", "images")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="run these, anew")
+    parser.add_argument("--data-dir", help="folder with CIFAR-10; without it, digits only")
+    parser.add_argument("--report", action="store_true", help="write the tables and the plot only")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # what a process of its own is asked
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(peak(arguments.peak))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    folders: dict[str, str | None] = {"digits": None}
+    if arguments.data_dir is not None:
+        folders["cifar10"] = arguments.data_dir
+    for part, file, run in cells(folders):
+        wanted = part in arguments.parts if arguments.parts else not path_of(file).exists()
+        if wanted and not arguments.report:
+            taken, result = seconds(run)
+            write_json(path_of(file), {"format": FORMAT, **provenance(), **result})
+            print(f"{file}: {taken:.0f} s", flush=True)
+    fill("sensitivity", report())
+    plot(RESULTS / "sensitivity.png")
+
+
+if __name__ == "__main__":
+    main()
