@@ -33,8 +33,8 @@ from tp_mrs.allocation import amount
 from tp_mrs.attacks import AttackFactory, named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.files import read_json, write_json
+from tp_mrs.measuring import Measurement, measure
 from tp_mrs.pruning import build_pruner, prune_by_ratio, refresh
-from tp_mrs.sensitivity import Measurement, measure
 
 FORMAT = "tp_mrs.one_shot/1"
 ATTACK = "pgd-10"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -43,9 +43,10 @@ from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.estimators import RobustLoss, first_order, projected_gradient_ascent
 from tp_mrs.files import read_json, write_json
 from tp_mrs.importance import MRSImportance
+from tp_mrs.measuring import measure, measured_weights
 from tp_mrs.numerics import Precision
 from tp_mrs.pruning import prunable_groups, prune_by_ratio
-from tp_mrs.sensitivity import FEWEST_BLOCKS, combined, measure, measured_weights
+from tp_mrs.sensitivity import FEWEST_BLOCKS, combined
 
 FORMAT = "tp_mrs.sensitivity_benchmark/1"
 EPSILON = 0.1
@@ -218,9 +219,12 @@ def memory() -> dict[str, Any]:
 
 
 def peak(what: str) -> int:
-    """Peak resident memory of this process, in kilobytes, once it has done that."""
+    """Peak resident memory of this process, in kilobytes, once it has done that; on Linux.
+
+    The peak that `resource` tells is the parent's, where that is higher.
+    """
     torch.manual_seed(0)
-    model, batches = create_model("resnet18", num_classes=10, image_size=32), [random_batch(64) for _ in range(3)]
+    model, batches = create_model("resnet18", num_classes=10, image_size=32), [random_batch(64) for _ in range(2)]
     if what == "training":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for images, labels in batches:
@@ -229,12 +233,12 @@ def peak(what: str) -> int:
             optimizer.step()
     elif what != "nothing":
         measure(model, batches, torchattacks.VANILA, estimator=what, steps=2, progress=False)  # type: ignore[arg-type]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
 # --- damage: groups' scores against what pruning costs --------------------------------------------------------------
 
-RATIOS = (0.1, 0.3, 0.5)
+RATIOS, RECALIBRATED = (0.1, 0.3, 0.5), 0.3
 
 
 def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
@@ -267,7 +271,8 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
             taylor.shared = measurement
             prune_by_ratio(pruned, example, {pruned.get_submodule(group.name): ratio}, taylor)
             cost = {"as it was": robustness(pruned, data, test)}
-            cost["recalibrated"] = robustness(recalibrate(pruned, [calibration]), data, test)
+            if ratio == RECALIBRATED:
+                cost["recalibrated"] = robustness(recalibrate(pruned, [calibration]), data, test)
             costs.setdefault(f"{ratio:g}", {})[group.name] = {
                 how: [round(found - before, 5) for found, before in zip(cost[how], dense_loss[how], strict=True)]
                 for how in cost
@@ -319,12 +324,13 @@ def group_scores(result: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def damage_correlations(result: dict[str, Any], how: str = "as it was") -> dict[str, dict[str, float]]:
-    """Score → fraction removed → rank correlation with the robust loss that this costs."""
+def damage_correlations(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Score → what was done → rank correlation with the robust loss that this costs."""
     return {
         label: {
-            ratio: correlation(scores, [costs[group][how][0] for group in result["members"]])
+            ratio if how == "as it was" else how: correlation(scores, [costs[g][how][0] for g in result["members"]])
             for ratio, costs in result["costs"].items()
+            for how in next(iter(costs.values()))
         }
         for label, scores in group_scores(result).items()
     }
@@ -495,8 +501,9 @@ def damage_table() -> str:
     for label in labels:
         cells = []
         for run in found:
-            own, after = damage_correlations(run)[label], damage_correlations(run, "recalibrated")[label]
-            cells.append(f"{' / '.join(f'{value:.2f}' for value in own.values())} ({after['0.3']:.2f})")
+            found_here = dict(damage_correlations(run)[label])
+            after = found_here.pop("recalibrated")
+            cells.append(f"{' / '.join(f'{value:.2f}' for value in found_here.values())} ({after:.2f})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.conftest import Batches, small_cnn, unchanged
 from tp_mrs import estimators
 from tp_mrs.errors import DivergenceError
-from tp_mrs.sensitivity import Estimator, measure, measured_weights
+from tp_mrs.measuring import Estimator, measure, measured_weights
 
 
 class TwoLayers(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torchattacks
 
 from tests.conftest import small_cnn
-from tp_mrs.sensitivity import measure
+from tp_mrs.measuring import measure
 
 SCRIPT = """
 import json, sys
@@ -25,7 +25,7 @@ from accelerate import Accelerator, PartialState
 
 import tp_mrs
 from tests.test_processes import batches, model
-from tp_mrs.sensitivity import measure
+from tp_mrs.measuring import measure
 
 mode, folder = sys.argv[1], Path(sys.argv[2])
 state = PartialState(cpu=True)

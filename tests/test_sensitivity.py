@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, Sensitivity, measure_sensitivity
-from tp_mrs.sensitivity import measure
+from tp_mrs.measuring import measure
 
 EXAMPLE = torch.rand(1, 3, 32, 32)
 

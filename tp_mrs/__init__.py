@@ -8,11 +8,12 @@ from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .finetuning import Finetuning, finetune
 from .importance import MRSImportance
+from .measuring import measure_sensitivity
 from .models import create_model, normalize
 from .pipeline import Report, mrpf
 from .pruning import pruner_kwargs, refresh
 from .recalibration import recalibrate
-from .sensitivity import Sensitivity, measure_sensitivity
+from .sensitivity import Sensitivity
 from .storage import load, save
 
 __all__ = [

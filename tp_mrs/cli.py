@@ -28,10 +28,10 @@ from .exporting import FORMATS, check_format, export
 from .files import check_output_folder, write_bytes
 from .finetuning import check_options as check_training_options
 from .importance import BASES
+from .measuring import Estimator, measure_sensitivity
 from .models import create_model, normalize
 from .objectives import OBJECTIVES, resolve
 from .pipeline import Report, check_options, mrpf
-from .sensitivity import Estimator, measure_sensitivity
 from .storage import load, save
 from .tensorfile import read
 

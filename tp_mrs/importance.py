@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .attacks import AttackLike, bind
 from .errors import InputError, check_choice, check_count, check_number
+from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
 from .pruning import layers_of, prunable_groups, refresh
-from .sensitivity import Estimator, Measurement, Sensitivity, check_settings, measure, measured_weights
+from .sensitivity import Sensitivity
 
 BaseName = Literal["taylor", "magnitude"]
 BASES: dict[str, Callable[[], Any]] = {

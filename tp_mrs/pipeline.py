@@ -18,9 +18,10 @@ from .evaluation import Evaluation, evaluate
 from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
 from .importance import BaseName, MRSImportance
+from .measuring import Estimator
 from .pruning import prune_by_ratio
 from .recalibration import recalibrate
-from .sensitivity import Estimator, Sensitivity
+from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
