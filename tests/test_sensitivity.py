@@ -116,6 +116,9 @@ def test_channels_last_and_bf16_change_little(estimator: Any, batches: Batches) 
         other = measure(model, batches, torchattacks.VANILA, estimator=estimator, channels_last=True).modules
         rough = measure(model, batches, torchattacks.VANILA, estimator=estimator, precision="bf16").modules
     assert model[3].weight.is_contiguous()
+    model.to(memory_format=torch.channels_last)
+    measure(model, batches, torchattacks.VANILA, channels_last=True)
+    assert not model[3].weight.is_contiguous()
     assert other == pytest.approx(plain, rel=1e-3)
     assert rough == pytest.approx(plain, rel=0.2)
     assert rough != plain
