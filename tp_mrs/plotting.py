@@ -39,6 +39,7 @@ def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | Non
         style = {"elinewidth": 1, "ecolor": "#333333"}
         axis.barh(rows, [values[name] for name in names], color=colour, xerr=whiskers, error_kw=style)
         axis.set_xlabel(label)
+        axis.set_xlim(left=0)
         axis.locator_params(axis="x", nbins=4)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)

@@ -158,7 +158,7 @@ class Sensitivity:
     def _resampled(self, of: Score, *, times: int = 1) -> Array:
         """(bootstrap samples, modules or groups)."""
         shares = np.array([self.shares[name] for name in self.modules]).T
-        samples = resampled(shares, self.blocks, times=times)
+        samples = resampled(shares, self.blocks, times=times).clip(min=0.0)  # no maximum over a ball is negative
         return samples if of == "modules" else np.stack(list(self._by_group(of, samples).values()), axis=-1)
 
     def _names(self, of: Score) -> list[str]:
