@@ -177,9 +177,10 @@ def projected_gradient_ascent(
 ) -> Tensor:
     """The largest increase of the loss that some steps of normalised-gradient ascent find, moving `weights` together.
 
-    Each weight moves in its own ball of radius ε‖θ‖₂. The first step goes to the edge of the balls along `gradients`,
-    those at the centre; each further one moves by twice the radius along the new gradient and is projected back. The
-    best loss is kept, so the result is never negative. The weights are as before afterwards, exceptions included.
+    Each weight moves in its own ball of radius ε‖θ‖₂. A step goes to the edge of the ball along the newest gradient,
+    the first along `gradients`, those at the centre: the generalised power method, under which no convex loss falls
+    (Journée et al., 2010, JMLR 11). Once it has fallen, steps start at the last point instead, and are projected back.
+    The best loss is kept, so the result is never negative. The weights are as before afterwards, exceptions included.
 
     Args:
         loss: of the model that the weights belong to.
@@ -195,18 +196,19 @@ def projected_gradient_ascent(
     origins = [weight.detach().clone() for weight in weights]
     radii = [epsilon * norm(origin) for origin in origins]
     deltas = [torch.zeros_like(origin) for origin in origins]
-    best, highest = base, loss.total(base)
+    best, highest, rising = base, loss.total(base), True
     with _only(loss.model, weights):
         try:
             for step in range(steps):
-                stride = 1 if step == 0 else 2
                 for index, (weight, origin, radius) in enumerate(zip(weights, origins, radii, strict=True)):
-                    deltas[index] = _moved(deltas[index], gradients[index], stride * radius, radius)
+                    start = torch.zeros_like(origin) if rising else deltas[index]
+                    deltas[index] = _moved(start, gradients[index], radius)
                     with torch.no_grad():
                         weight.copy_(origin + deltas[index])
                 shares = loss.differentiate() if step + 1 < steps else loss.shares()
                 reached = loss.total(shares)
-                if reached > highest:
+                rising = reached > highest
+                if rising:
                     best, highest = shares, reached
                 gradients = [
                     old if weight.grad is None else weight.grad for weight, old in zip(weights, gradients, strict=True)
@@ -233,11 +235,11 @@ def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _moved(delta: Tensor, gradient: Tensor, stride: float, radius: float) -> Tensor:
-    """`delta`, moved by `stride` along the gradient and projected back into the ball."""
+def _moved(delta: Tensor, gradient: Tensor, radius: float) -> Tensor:
+    """`delta`, moved by the radius along the gradient and projected back into the ball."""
     length = norm(gradient)
     if length > 0:
-        delta = delta + gradient * (stride / length)
+        delta = delta + gradient * (radius / length)
     distance = norm(delta)
     return delta if distance <= radius else delta * (radius / distance)
 
