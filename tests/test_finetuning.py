@@ -1,4 +1,4 @@
-"""finetune: objectives by hand, what changes and what doesn't, and refusals."""
+"""finetune: what changes and what doesn't, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import Batches, small_cnn, unchanged
 from tp_mrs import DivergenceError, InputError, finetune
-from tp_mrs.objectives import OBJECTIVES, adversarial, standard, trades
+from tp_mrs.objectives import OBJECTIVES, standard
 
 
 class Slope(nn.Module):
@@ -38,28 +38,7 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def down(images: Tensor, labels: Tensor) -> Tensor:
-    return images - 0.2
-
-
 LABEL = torch.zeros(1, dtype=torch.long)
-
-
-def test_standard_by_hand() -> None:
-    loss = standard(Slope(3.0), pixel(0.5), LABEL, down)
-    assert loss.item() == pytest.approx(-math.log(sigmoid(1.5)), rel=1e-5)
-
-
-def test_adversarial_by_hand() -> None:
-    loss = adversarial(Slope(3.0), pixel(0.5), LABEL, down)
-    assert loss.item() == pytest.approx(-math.log(sigmoid(0.9)), rel=1e-5)
-
-
-def test_trades_by_hand() -> None:
-    p, q = sigmoid(1.5), sigmoid(0.9)
-    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    loss = trades(Slope(3.0), pixel(0.5), LABEL, down, beta=2.0)
-    assert loss.item() == pytest.approx(-math.log(p) + 2 * divergence, rel=1e-4)
 
 
 def test_one_step_is_plain_gradient_descent() -> None:
@@ -144,7 +123,7 @@ def test_frozen_norms_keep_their_statistics(batches: Batches) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "pdg"}, "objective: expected one of standard, fgsm, pgd, trades or a function"),
+        ({"objective": "pdg"}, "objective: expected one of standard, fgsm, pgd, trades, mart"),
         ({"epochs": 0}, "epochs: expected a number > 0"),
         ({"lr": 0.0}, r"lr: expected a number in \(0, 10\]"),
         ({"lr": 1e9}, "lr"),
@@ -154,6 +133,7 @@ def test_frozen_norms_keep_their_statistics(batches: Batches) -> None:
         ({"warmup": 2}, "warmup"),
         ({"momentum": 0.0}, "optimizer: timm cannot make 'sgd'.*Nesterov"),
         ({"clip_norm": 0}, "clip_norm"),
+        ({"accumulate": 0}, "accumulate: expected an integer >= 1"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
         ({"attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
         ({"train_data": [{"image": 1, "label": 2}]}, "data: expected batches of"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .borrowing import lent
 from .errors import InputError, check_batch, check_count, device_of
 
 
@@ -71,3 +72,10 @@ def num_outputs(model: nn.Module, images: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise InputError("model: expected it to return logits of shape (N, classes)")
     return logits.shape[1]
+
+
+def num_classes(model: nn.Module, images: Tensor) -> int:
+    """`num_outputs` of a model in any mode, found in eval mode so that BatchNorm's statistics stay."""
+    with lent(model):
+        model.eval()
+        return num_outputs(model, images)

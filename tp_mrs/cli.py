@@ -421,7 +421,7 @@ def _common_arguments() -> argparse.ArgumentParser:
     how.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga (first_order)")
     how.add_argument("--calibration-images", type=int, default=512, help="training images to measure on (512)")
     train = parser.add_argument_group("training")
-    train.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)} (pgd)")
+    train.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)}, or with -awp (pgd)")
     train.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
     train.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
     train.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")

@@ -6,8 +6,9 @@ import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
-from .batches import num_outputs, pairs
-from .borrowing import lent, preserved_flags, preserved_rng
+from .batches import num_classes, pairs
+from .borrowing import preserved_flags, preserved_rng
 from .errors import (
     DivergenceError,
     InputError,
@@ -31,7 +32,7 @@ from .errors import (
     device_of,
 )
 from .numerics import Precision, autocast, check_precision, in_channels_last
-from .objectives import Objective, Recipe, resolve
+from .objectives import Objective, Recipe, check_loss, name_of, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def finetune(
     schedule: Literal["cosine", "constant"] = "cosine",
     warmup: float = 0.1,
     clip_norm: float | None = 1.0,
+    accumulate: int = 1,
     precision: Precision = "fp32",
     channels_last: bool = False,
     seed: int = 0,
@@ -92,18 +94,21 @@ def finetune(
         model: on the device to train on.
         train_data: sized and re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). A `DataLoader`, or
             a list of batches.
-        objective: `"standard"`, `"fgsm"`, `"pgd"`, `"trades"`, or a function `(model, images, labels, attack) -> loss`.
-        attack: replaces the objective's own attack: a name such as `"pgd-3"`, a torchattacks attack on `model`, or a
-            factory.
+        objective: `"standard"`, `"fgsm"`, `"pgd"`, `"trades"`, `"mart"`, each also with adversarial weight perturbation
+            as in `"trades-awp"`, or a function `(model, images, labels, attack) -> loss`, such as
+            `tp_mrs.objectives.rslad(teacher)`.
+        attack: replaces the objective's own attack, which for a function is `"pgd-7"`: a name such as `"pgd-3"`, a
+            torchattacks attack on `model`, or a factory.
         eps: perturbation size of an attack given by name and of the objective's own, in units of the image range.
         epochs: passes over `train_data`; fractions count in batches.
         lr: peak learning rate.
         optimizer: a name from `timm.optim.list_optimizers()`; `"sgd"` is Nesterov's there.
         momentum: of optimisers that have one.
         weight_decay: not applied to biases and norms (timm's rule).
-        schedule: `"cosine"` to 0, or `"constant"`; stepped every batch.
+        schedule: `"cosine"` to 0, or `"constant"`; stepped every update.
         warmup: fraction of the run over which the learning rate rises linearly.
         clip_norm: largest L2 norm of the gradient; None for no limit.
+        accumulate: batches whose gradients add up to one update, as if they were one batch (but for BatchNorm).
         precision: `"bf16"` runs attack and update under autocast.
         channels_last: train in that memory layout; often faster for convolutions.
         seed: of attacks' random starts and dropout.
@@ -122,6 +127,7 @@ def finetune(
         "schedule": schedule,
         "warmup": warmup,
         "clip_norm": clip_norm,
+        "accumulate": accumulate,
         "precision": precision,
         "channels_last": channels_last,
         "seed": seed,
@@ -131,9 +137,10 @@ def finetune(
     check_options(**settings)
     device, recipe, factory = device_of(model), *_resolve(objective, attack, eps)
     perturb = bind(factory, model)
-    steps = max(1, round(epochs * batches))
+    total = max(1, round(epochs * batches))
+    steps = math.ceil(total / accumulate)
     settings |= {
-        "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
+        "objective": name_of(objective),
         "attack": describe(factory, model),
         "steps": steps,
         "device": str(device),
@@ -150,22 +157,23 @@ def finetune(
         optimiser = _optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
         update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, precision=precision)
         scheduler = _scheduler(optimiser, schedule, lr=lr, steps=steps, warmup=warmup)
+        stream = _repeat(update.shard(train_data), total)
+        done = 0
         with tqdm(
-            total=steps, desc="fine-tuning", unit="batch", disable=None if progress else True, leave=False
+            total=total, desc="fine-tuning", unit="batch", disable=None if progress else True, leave=False
         ) as bar:
-            for step, (images, labels) in enumerate(_repeat(update.shard(train_data), steps)):
-                epoch = step // batches + 1
+            for step, group in enumerate(iter(lambda: list(islice(stream, accumulate)), [])):
                 scheduler.step_update(step)
-                images, labels = check_batch(images, labels)
-                loss = update(images.to(device), labels.to(device))
-                if not math.isfinite(loss):
-                    raise DivergenceError(
-                        f"the loss became {loss} in batch {step + 1} of {steps} (epoch {epoch}); "
-                        f"lower lr (now {lr:g}) or set clip_norm"
-                    )
-                _record(history, Epoch(epoch, len(images), loss, optimiser.param_groups[0]["lr"]))
+                for size, loss in update(group):
+                    epoch, done = done // batches + 1, done + 1
+                    if not math.isfinite(loss):
+                        raise DivergenceError(
+                            f"the loss became {loss} in batch {done} of {total} (epoch {epoch}); "
+                            f"lower lr (now {lr:g}) or set clip_norm"
+                        )
+                    _record(history, Epoch(epoch, size, loss, optimiser.param_groups[0]["lr"]))
                 bar.set_postfix(epoch=epoch, loss=f"{history[-1].loss:.3f}", refresh=False)
-                bar.update()
+                bar.update(len(group))
     return Finetuning(settings, tuple(history))
 
 
@@ -210,23 +218,34 @@ class _Update:
             return data
         return self.accelerator.prepare_data_loader(data)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> float:
-        if self.num_classes is None:
-            self.num_classes = _num_classes(self.accelerator.unwrap_model(self.model), images)
-        check_batch(images, labels, num_classes=self.num_classes)
-        with autocast(images.device, self.precision):
-            loss = self.objective(self.model, images, labels, self.perturb)
-        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
-            raise InputError(
-                "objective: expected it to return a scalar tensor with a gradient, the mean loss of the batch; "
-                f"got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
-            )
+    def __call__(self, batches: list[tuple[Any, Any]]) -> list[tuple[int, float]]:
+        """The size and the loss of each of the batches, whose gradients are averaged over all their images."""
+        checked = [self._check(*batch) for batch in batches]
+        total = sum(len(images) for images, _ in checked)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        losses = []
+        for number, (images, labels) in enumerate(checked, start=1):
+            with nullcontext() if number == len(checked) else self.accelerator.no_sync(self.model):
+                loss = self._loss(images, labels)
+                self.accelerator.backward(loss * (len(images) / total))
+            losses.append((len(images), loss.detach()))
         if self.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
-        return float(loss.detach())
+        return [(size, float(loss)) for size, loss in losses]
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(images.device, self.precision):
+            return check_loss(self.objective(self.model, images, labels, self.perturb))
+
+    def _check(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """The batch on the model's device, fit for it."""
+        images, labels = check_batch(images, labels)
+        model = self.accelerator.unwrap_model(self.model)
+        images, labels = images.to(device_of(model)), labels.to(device_of(model))
+        if self.num_classes is None:
+            self.num_classes = num_classes(model, images)
+        return check_batch(images, labels, num_classes=self.num_classes)
 
 
 def check_options(
@@ -239,6 +258,7 @@ def check_options(
     schedule: str = "cosine",
     warmup: float = 0.1,
     clip_norm: float | None = None,
+    accumulate: int = 1,
     precision: str = "fp32",
     channels_last: bool = False,
     seed: int = 0,
@@ -251,6 +271,7 @@ def check_options(
     check_number("warmup", warmup, low=0, high=1)
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, low=0, open_low=True)
+    check_count("accumulate", accumulate)
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_precision(precision)
     check_choice("optimizer", optimizer, list_optimizers())
@@ -313,13 +334,6 @@ def _unmarked(model: nn.Module) -> Iterator[None]:
     finally:
         for name in set(vars(model)) - attributes:
             delattr(model, name)
-
-
-def _num_classes(model: nn.Module, images: Tensor) -> int:
-    """The number of outputs, found in eval mode so that BatchNorm's statistics stay."""
-    with lent(model):
-        model.eval()
-        return num_outputs(model, images)
 
 
 def _training_mode(model: nn.Module) -> None:
