@@ -56,6 +56,18 @@ def small_cnn() -> nn.Module:
     )
 
 
+class Bright(nn.Module):
+    """Class 1 where the first pixel is above one half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = self.scale * (images[:, 0, 0, 0] - 0.5)
+        return torch.stack([-score, score], dim=1)
+
+
 def image_batches(count: int = 2, size: int = 6, side: int = 32, classes: int = 4) -> Batches:
     generator = torch.Generator().manual_seed(1)
     return [

@@ -10,10 +10,12 @@ import torchattacks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchattacks.attack import Attack
 
-from tests.conftest import small_cnn, unchanged
+from tests.conftest import Bright, small_cnn, unchanged
 from tp_mrs import InputError
-from tp_mrs.attacks import bind, named_attack, parse_eps
+from tp_mrs.attacks import L2_EPS, AttackName, bind, named_attack, parse_eps, parse_name
+from tp_mrs.composed import Restarts, WithinL2
 from tp_mrs.errors import DivergenceError
 
 
@@ -47,12 +49,122 @@ def test_step_counts_and_sizes() -> None:
     attack = named_attack("pgd-20", eps=0.1)(model)
     assert (attack.steps, attack.eps, attack.alpha) == (20, 0.1, 0.025)
     assert named_attack("FFGSM", eps=0.1)(model).alpha == pytest.approx(0.125)
-    assert named_attack("autoattack", eps=0.1, num_classes=4)(model).n_classes == 4
 
 
 @pytest.mark.parametrize("name", [name for name in torchattacks.__all__ if name not in ("MultiAttack", "LGV")])
 def test_every_torchattacks_class_has_a_name(name: str) -> None:
-    assert type(named_attack(name.lower(), eps=0.1)(small_cnn())).__name__ == name
+    assert named_attack(name.lower(), eps=0.1)(small_cnn()).attack == name
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("pgd", AttackName("PGD", 10, 1)),
+        ("PGD-20", AttackName("PGD", 20, 1)),
+        ("pgd-20x5", AttackName("PGD", 20, 5)),
+        ("pgdx5", AttackName("PGD", 10, 5)),
+        ("pgdl2-7x2", AttackName("PGDL2", 7, 2)),
+        ("pixle", AttackName("Pixle", 1, 1)),
+        ("square", AttackName("Square", 5000, 1)),
+        ("square-100x2", AttackName("Square", 100, 2)),
+        ("autoattack", AttackName("AutoAttack", 100, 1)),
+        ("none", AttackName("VANILA", 1, 1)),
+    ],
+)
+def test_names(name: str, parsed: AttackName) -> None:
+    assert parse_name(name) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pgd-0", "step count that PGD does not take"),
+        ("pgd-many", "step count that PGD does not take"),
+        ("fgsm-3", "step count that FGSM does not take"),
+        ("pgd-20x0", "number of restarts that PGD does not take"),
+        ("bim-10x2", "number of restarts that BIM does not take"),  # it starts at the image
+        ("pgd-20x", "no torchattacks attack is called"),
+        ("", "no torchattacks attack is called"),
+        ("-3", "no torchattacks attack is called"),
+    ],
+)
+def test_bad_names(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_name(name)
+
+
+@given(st.text(max_size=8))
+def test_any_text_is_a_name_or_an_input_error(text: str) -> None:
+    with contextlib.suppress(InputError):
+        assert parse_name(text).steps >= 1
+
+
+def test_sizes_in_other_norms() -> None:
+    model = small_cnn()
+    assert named_attack("pgdl2-20", eps=0.1)(model).eps == L2_EPS
+    assert named_attack("pgdl2-20", eps=0.1)(model).alpha == L2_EPS / 4
+    assert named_attack("pifgsm", eps=0.1)(model).max_epsilon == 0.1
+    assert named_attack("cw", eps=0.1)(model).eps == L2_EPS
+    assert named_attack("square-7", eps=0.1)(model).n_queries == 7
+
+
+def test_autoattack_is_the_published_one() -> None:
+    attack = named_attack("autoattack", eps=0.1, num_classes=100)(small_cnn())
+    assert [part.attack for part in attack.attacks] == ["APGD", "APGDT", "FAB", "Square"]
+    assert [part.steps for part in attack.attacks[:3]] == [100] * 3
+    assert [part.n_target_classes for part in attack.attacks[1:3]] == [9, 9]
+    assert {part.eps for part in attack.attacks} == {0.1}
+    with pytest.raises(InputError, match="'autoattack' needs at least 4 classes"):
+        named_attack("autoattack", eps=0.1, num_classes=3)
+    with pytest.raises(InputError, match=r"AutoAttack needs weights in float32, found torch.bfloat16"):
+        named_attack("autoattack", eps=0.1)(small_cnn().bfloat16())
+
+
+class Nudge(Attack):
+    """Adds the next of the given steps at each call: what a restart finds, decided by hand."""
+
+    def __init__(self, model: nn.Module, *steps: float) -> None:
+        super().__init__("Nudge", model)
+        self.left = list(steps)
+        self.calls: list[int] = []
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(images))
+        return images + self.left.pop(0)
+
+
+def test_restarts_by_hand() -> None:
+    model = Bright()
+    images, labels = torch.tensor([0.3, 0.45, 0.48]).view(3, 1, 1, 1), torch.zeros(3, dtype=torch.long)
+    nudge = Nudge(model, 0.03, 0.10, 0.05, -0.2)
+    adversarial = bind(Restarts(nudge, 4), model)(images, labels)
+    # the first run fools the third image, the second the second; the first withstands all, and gets the highest loss
+    assert adversarial.flatten().tolist() == pytest.approx([0.40, 0.55, 0.51])
+    assert nudge.calls == [3, 2, 1, 1]
+
+
+def test_restarts_stop_when_all_are_fooled() -> None:
+    model = Bright()
+    nudge = Nudge(model, 0.3, 0.3)
+    Restarts(nudge, 2)(torch.full((2, 1, 1, 1), 0.4), torch.zeros(2, dtype=torch.long))
+    assert nudge.calls == [2]
+
+
+def test_only_small_perturbations_count() -> None:
+    model, labels = Bright(), torch.zeros(2, dtype=torch.long)
+    images = torch.full((2, 1, 1, 1), 0.4)
+    assert torch.equal(WithinL2(Nudge(model, 0.3), 0.2)(images, labels), images)
+    assert WithinL2(Nudge(model, 0.3), 0.4)(images, labels).flatten().tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_a_model_without_gradients() -> None:
+    class Cut(Bright):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images.detach())
+
+    model = Cut()
+    with unchanged(model), pytest.raises(InputError, match=r"its outputs have no gradient .* 'square'"):
+        bind(torchattacks.PGD, model)(torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["none", "fgsm", "pgd-3", "ffgsm", "tpgd-2", "mifgsm-2", "apgd-2"])

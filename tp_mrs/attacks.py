@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -14,13 +16,19 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from .borrowing import lent
+from .composed import Restarts, WithinL2, autoattack
 from .errors import DivergenceError, InputError, device_of
 
 AttackFactory: TypeAlias = Callable[[nn.Module], Any]
 AttackLike: TypeAlias = "Attack | AttackFactory"
 Perturb: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+L2_EPS = 128 / 255  # of named attacks in the L2 norm: usual for 32×32 images (RobustBench)
+
 _NEEDS_MORE = ("MultiAttack", "LGV")  # cannot be made from a model and a size alone
+_BOUNDED_L2 = ("PGDL2", "PGDRSL2")
+_SMALLEST_L2 = ("CW", "DeepFool")  # look for the smallest perturbation, however large that is
+_STEPS = ("steps", "n_queries", "nb_iter")
 
 
 def bind(attack: AttackLike, model: nn.Module) -> Perturb:
@@ -34,13 +42,22 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
         model: the model under attack.
 
     Raises:
-        InputError: the attack is bound to another model or device, or is no attack at all.
+        InputError: the attack is bound to another model or device, or is no attack at all; from `perturb`: the attack
+            needs gradients, and the model's outputs have none.
     """
-    built = _build(attack, model)
+    built = build(attack, model)
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
-        with lent(model), torch.enable_grad():
-            adversarial = built(images, labels).detach()
+        try:
+            with lent(model), torch.enable_grad():
+                adversarial = built(images, labels).detach()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise InputError(
+                f"model: its outputs have no gradient with respect to the images, which {_name(built)} needs; "
+                "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
+            ) from error
         if not bool(torch.isfinite(adversarial).all()):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity")
         return adversarial
@@ -48,7 +65,8 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
     return perturb
 
 
-def _build(attack: AttackLike, model: nn.Module) -> Attack:
+def build(attack: AttackLike, model: nn.Module) -> Attack:
+    """The attack, made if need be, and checked to be one on this model; raises as `bind`."""
     built = attack if isinstance(attack, Attack) else None
     if built is None and callable(attack):
         built = attack(model)
@@ -76,43 +94,106 @@ def _build(attack: AttackLike, model: nn.Module) -> Attack:
     return built
 
 
-def named_attack(name: str, *, eps: float, num_classes: int = 10) -> AttackFactory:
+@dataclass(frozen=True)
+class AttackName:
+    """What a name such as `"pgd-20x5"` stands for.
+
+    Attributes:
+        kind: torchattacks' class.
+        steps: how many (queries, for Square); 1 where the attack takes no such number.
+        restarts: runs from different random starts.
+    """
+
+    kind: str
+    steps: int
+    restarts: int
+
+
+def parse_name(name: str) -> AttackName:
+    """Read the name of an attack: a torchattacks class in any case, `-steps` and `xrestarts` behind it if wished.
+
+    >>> parse_name("pgd-20x5")
+    AttackName(kind='PGD', steps=20, restarts=5)
+
+    Raises:
+        InputError: no attack has that name, or it takes no steps or restarts.
+    """
+    known = {key.lower(): key for key in torchattacks.__all__} | {"none": "VANILA"}
+    match = re.fullmatch(r"([^-]+?)(?:-([^x]*))?(?:x([0-9]+))?", name.lower())
+    base, steps, restarts = match.groups() if match else (name.lower().partition("-")[0], None, None)
+    if match is None or base not in known or known[base] in _NEEDS_MORE:
+        guess = difflib.get_close_matches(base, known, n=1)
+        hint = f"did you mean {guess[0]!r}?" if guess else "try 'pgd-20', 'fgsm', 'cw', 'square' or 'autoattack'"
+        raise InputError(f"attack: no torchattacks attack is called {name!r}; {hint}")
+    kind = known[base]
+    default = _default_steps(kind)
+    if steps is not None and (default is None or not re.fullmatch("0*[1-9][0-9]*", steps)):
+        raise InputError(f"attack: {name!r} has a step count that {kind} does not take; try 'pgd-20'")
+    if restarts is not None and (int(restarts) == 0 or not _accepted(kind) & {"random_start", "n_restarts"}):
+        raise InputError(f"attack: {name!r} has a number of restarts that {kind} does not take; try 'pgd-20x5'")
+    return AttackName(kind, int(steps) if steps else default or 1, int(restarts or 1))
+
+
+def named_attack(name: str, *, eps: float, num_classes: int | None = None) -> AttackFactory:
     """Return the factory of an attack known by name.
 
     Args:
         name: a torchattacks class in any case (`"pgd"`, `"ffgsm"`, `"cw"`, `"autoattack"`, …), with the number of
-            steps behind a dash if wished (`"pgd-20"`); `"none"` leaves images as they are.
-        eps: size of the perturbation, in units of the image range [0, 1]. Attacks without a bound (CW) ignore it.
-        num_classes: what AutoAttack and APGDT need to know.
+            steps behind a dash (`"pgd-20"`; queries for Square: `"square-1000"`) and of restarts behind an x
+            (`"pgd-20x5"`: an image withstands it only if it withstands all five runs) if wished; `"none"` leaves
+            images as they are. `"autoattack"` is the published version with 100 steps.
+        eps: size of the perturbation in the L∞ norm, in units of the image range [0, 1]. Attacks in the L2 norm have
+            a size of their own, `L2_EPS`: it bounds PGDL2 and PGDRSL2, and of what CW and DeepFool find only what is
+            no larger counts. Those in other norms (EAD, JSMA, one pixel, …) and noise (GN) have torchattacks' sizes.
+        num_classes: what AutoAttack and APGDT need to know; 10 if None.
 
     Raises:
-        InputError: no attack has that name, or it takes no number of steps.
+        InputError: no attack has that name, or it takes no steps or restarts, or needs more classes.
     """
-    known = {key.lower(): key for key in torchattacks.__all__} | {"none": "VANILA"}
-    base, _, suffix = name.lower().partition("-")
-    if base not in known or known[base] in _NEEDS_MORE:
-        guess = difflib.get_close_matches(base, known, n=1)
-        hint = f"did you mean {guess[0]!r}?" if guess else "try 'pgd-20', 'fgsm', 'cw', 'square' or 'autoattack'"
-        raise InputError(f"attack: no torchattacks attack is called {name!r}; {hint}")
-    cls = getattr(torchattacks, known[base])
-    accepted = inspect.signature(cls).parameters
-    if suffix and not (suffix.isdigit() and int(suffix) > 0 and "steps" in accepted):
-        raise InputError(f"attack: {name!r} has a step count that {known[base]} does not take; try 'pgd-20'")
-    steps = int(suffix) if suffix else accepted["steps"].default if "steps" in accepted else 1
+    parsed = parse_name(name)
+    kind, accepted = parsed.kind, _accepted(parsed.kind)
+    if kind in ("AutoAttack", "APGDT") and num_classes is not None and num_classes < 4:
+        raise InputError(
+            f"attack: {name!r} needs at least 4 classes, as its loss compares four logits, but the model has "
+            f"{num_classes}; try 'apgd-100x5' and 'square'"
+        )
+    size = L2_EPS if kind in _BOUNDED_L2 else eps
     offered: dict[str, Any] = {
-        "eps": eps,
-        "alpha": eps * _relative_step(steps),
-        "n_classes": num_classes,
+        **dict.fromkeys(("eps", "max_epsilon"), size),
+        **dict.fromkeys(_STEPS, parsed.steps),
+        "alpha": size * _relative_step(parsed.steps),
+        "n_classes": min(num_classes or 10, 10),
+        "n_restarts": parsed.restarts,
         "seed": 0,
     }
-    if suffix:
-        offered["steps"] = int(suffix)
     arguments = {key: value for key, value in offered.items() if key in accepted}
+    if "random_start" in accepted and parsed.restarts > 1:
+        arguments["random_start"] = True
 
     def factory(model: nn.Module) -> Attack:
-        return cls(model, **arguments)
+        if kind == "AutoAttack":
+            return autoattack(model, eps=eps, steps=parsed.steps, num_classes=num_classes or 10)
+        attack = getattr(torchattacks, kind)(model, **arguments)
+        if kind in _SMALLEST_L2:
+            return WithinL2(attack, L2_EPS)
+        if parsed.restarts > 1 and "n_restarts" not in accepted:
+            return Restarts(attack, parsed.restarts)
+        return attack
 
     return factory
+
+
+def _accepted(kind: str) -> set[str]:
+    """Names of the arguments that a torchattacks class takes."""
+    return set(inspect.signature(getattr(torchattacks, kind)).parameters)
+
+
+def _default_steps(kind: str) -> int | None:
+    """How many steps or queries it takes unless told; None if it takes no such number."""
+    if kind == "AutoAttack":
+        return 100
+    parameters = inspect.signature(getattr(torchattacks, kind)).parameters
+    return next((int(parameters[key].default) for key in _STEPS if key in parameters), None)
 
 
 def _relative_step(steps: int) -> float:
@@ -145,4 +226,4 @@ def _name(attack: Attack) -> str:
 
 def describe(attack: AttackLike, model: nn.Module) -> str:
     """How torchattacks writes the attack down, for settings that go into a report."""
-    return repr(_build(attack, model))
+    return repr(build(attack, model))

@@ -88,17 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _screen(*, quiet: bool) -> Iterator[None]:
-    """Our messages on the screen, Torch-Pruning's warnings not; all as before afterwards."""
-    logger = logging.getLogger("tp_mrs")
-    level = logger.level
+    """Our messages on the screen, Torch-Pruning's warnings not; all as before afterwards.
+
+    An evaluation's warnings are part of what is printed at the end, so that they are not logged, too.
+    """
+    wanted = {"tp_mrs": logging.ERROR if quiet else logging.INFO, "tp_mrs.evaluation": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in wanted}
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    for name, level in wanted.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch_pruning")
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:
@@ -191,6 +196,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         job.test_loader(),
         arguments.attacks,
         eps=job.eps,
+        masking=arguments.masking,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
@@ -246,7 +252,7 @@ class _Job:
         )
         self.attack = named_attack(arguments.attack, eps=self.eps, num_classes=self.data.num_classes)
         for name in (*arguments.attacks, arguments.train_attack or "none"):
-            named_attack(name, eps=self.eps)
+            named_attack(name, eps=self.eps, num_classes=self.data.num_classes)
 
     @property
     def example_inputs(self) -> Tensor:
@@ -349,15 +355,21 @@ def _print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
     from rich.table import Table
 
     first = next(iter(rows.values()))
-    table = Table(title=title, title_justify="left", caption=f"{first.images} test images", caption_justify="left")
+    scores = ["clean", *first.robust, *(["worst"] if len(first.robust) > 1 else [])]
+    caption = f"{first.images} test images; in % with 95% intervals"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
-    for heading in ("clean", *first.robust, "MACs (M)", "params (M)", "latency (ms)"):
+    for heading in (*scores, "MACs (M)", "params (M)", "MB", "ms"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
-        scores = [f"{value:.1%}" for value in (row.clean, *row.robust.values())]
+        cells = [f"{100 * row.accuracy(score):.1f}\n[dim]{row.interval_text(score)}[/dim]" for score in scores]
         latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f}"
-        table.add_row(name, *scores, f"{row.macs / 1e6:.1f}", f"{row.params / 1e6:.3f}", latency)
+        sizes = (f"{row.macs / 1e6:.1f}", f"{row.params / 1e6:.3f}", f"{row.size_bytes / 1e6:.2f}")
+        table.add_row(name, *cells, *sizes, latency)
     Console().print(table)
+    for name, row in rows.items():
+        for sentence in row.warnings:
+            print(f"Warning ({name}): {sentence}")
 
 
 def _save_figure(figure: Any, stem: Path) -> None:
@@ -384,7 +396,8 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity = _command(commands, "sensitivity", _sensitivity, "measure which layers robustness hangs on", common)
     sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=3, help="of the estimator pga (3)")
-    _command(commands, "evaluate", _evaluate, "measure clean and robust accuracy, size and speed", common)
+    evaluating = _command(commands, "evaluate", _evaluate, "measure clean and robust accuracy, size and speed", common)
+    evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
     _export_arguments(_command(commands, "export", _export, "write a saved model as ONNX or as a PyTorch program"))
     return parser
 
