@@ -91,12 +91,14 @@ def labelled(model: nn.Module, count: int = 120) -> list[tuple[Tensor, Tensor]]:
 
 
 def assess(model: nn.Module, attacks: list[Any], **arguments: Any) -> tuple[str, ...]:
+    data = labelled(model)
     with unchanged(model):
-        return evaluate(model, labelled(model), attacks, eps=0.02, latency=False, **arguments).warnings
+        return evaluate(model, data, attacks, eps=0.02, latency=False, **arguments).warnings
 
 
-@pytest.mark.parametrize("model", [Linear(scale=1e6), Linear(levels=4)], ids=["saturated", "rounded"])
-def test_masked_models_are_noticed(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("hidden", [{"scale": 1e6}, {"levels": 4}], ids=["saturated", "rounded"])
+def test_masked_models_are_noticed(hidden: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = Linear(**hidden)
     (sentence,) = assess(model, ["pgd-10", "square-300"])
     assert "sees gradients should fool it no less often" in sentence
     assert [record.getMessage() for record in caplog.records] == [sentence]
@@ -111,7 +113,7 @@ def test_no_perturbation_is_too_large_for_a_sound_model() -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1, 30])
 def test_a_sound_model_does_not_warn(scale: float) -> None:
-    attacks = ["fgsm", "pgd-10", "pgd-10x2", "pgd-20", "square-100", "autoattack-2"]
+    attacks = ["fgsm", "pgd-10", "pgd-10x2", "pgd-20", "square-100"]
     assert assess(Linear(scale), attacks, masking=True) == ()
 
 
