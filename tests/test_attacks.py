@@ -162,9 +162,9 @@ def test_a_model_without_gradients() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return super().forward(images.detach())
 
-    model = Cut()
+    model, images, labels = Cut(), torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
     with unchanged(model), pytest.raises(InputError, match=r"its outputs have no gradient .* 'square'"):
-        bind(torchattacks.PGD, model)(torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))
+        bind(torchattacks.FGSM, model)(images, labels)
 
 
 @pytest.mark.parametrize("name", ["none", "fgsm", "pgd-3", "ffgsm", "tpgd-2", "mifgsm-2", "apgd-2"])
