@@ -359,13 +359,17 @@ def _print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
     caption = f"{first.images} test images; in % with 95% intervals"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
-    for heading in (*scores, "MACs (M)", "params (M)", "MB", "ms"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        cells = [f"{100 * row.accuracy(score):.1f}\n[dim]{row.interval_text(score)}[/dim]" for score in scores]
-        latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f}"
-        sizes = (f"{row.macs / 1e6:.1f}", f"{row.params / 1e6:.3f}", f"{row.size_bytes / 1e6:.2f}")
-        table.add_row(name, *cells, *sizes, latency)
+    for name in rows:
+        table.add_column(name, justify="right")
+    for score in scores:
+        cells = (f"{100 * row.accuracy(score):.1f} [dim]{row.interval_text(score)}[/dim]" for row in rows.values())
+        table.add_row(score, *cells)
+    table.add_section()
+    table.add_row("MACs (M)", *(f"{row.macs / 1e6:.1f}" for row in rows.values()))
+    table.add_row("params (M)", *(f"{row.params / 1e6:.3f}" for row in rows.values()))
+    table.add_row("MB", *(f"{row.size_bytes / 1e6:.2f}" for row in rows.values()))
+    if first.latency_ms is not None:
+        table.add_row("ms, one image", *(f"{row.latency_ms or 0:.2f}" for row in rows.values()))
     Console().print(table)
     for name, row in rows.items():
         for sentence in row.warnings:
