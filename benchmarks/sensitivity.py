@@ -560,6 +560,7 @@ def images_table() -> str:
 def plot(path: Path) -> None:
     """Scores against damage for each network, and estimators against the maximum for each layer."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     networks, seeds = results("damage"), layer_scores()
     if not networks or not seeds:
@@ -583,9 +584,10 @@ def plot(path: Path) -> None:
         axis.plot(group_scores(run)["typical"], costs, "o", color="#009E73", markersize=4)
         rank = damage_correlations(run)["typical"]["0.3"]
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_yscale("symlog", linthresh=0.01)
         axis.set(title=f"{run['data']}, {run['network']}: {rank:.2f}", xlabel="typical sensitivity (nats)")
-    axes[1].set_ylabel("robust loss from losing 30% of a group (nats)")
+    axes[1].set_ylabel("robust loss for 30% of a group (nats)", fontsize="small")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize("medium")

@@ -132,6 +132,18 @@ def test_first_order_is_linear_in_the_radius(epsilon: float, factor: float) -> N
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 
+def test_blocks_join_small_batches_and_split_large_ones() -> None:
+    def sizes(*lengths: int) -> list[int]:
+        batches = [(torch.full((n, 1, 1, 1), float(i)), torch.full((n,), i)) for i, n in enumerate(lengths)]
+        blocks = estimators.in_blocks(batches)
+        assert torch.equal(torch.cat([labels for _, labels in blocks]), torch.cat([labels for _, labels in batches]))
+        return [len(labels) for _, labels in blocks]
+
+    assert sizes(*[1] * 40) == [16, 16, 8]
+    assert sizes(512) == [32] * 16
+    assert sizes(10, 10, 40) == [10, 10, 14, 13, 13]
+
+
 @pytest.mark.parametrize("estimator", ["first_order", "pga"])
 def test_shares_of_blocks_add_up(estimator: Estimator) -> None:
     model, images = small_cnn(), torch.rand(40, 3, 10, 10)
@@ -149,7 +161,8 @@ def test_shares_of_blocks_add_up(estimator: Estimator) -> None:
         assert sum(shares) == pytest.approx(whole.modules[name], rel=1e-9)
 
 
-def test_shares_of_first_order_are_those_of_the_blocks_own_gradients() -> None:
+def test_shares_of_first_order_are_those_of_the_blocks_own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimators, "SMALLEST_BLOCK", 4)
     # A block's share is ε‖θ‖ times its part of the gradient along the direction of the whole.
     model, images, labels = small_cnn().eval(), torch.rand(8, 3, 10, 10), torch.arange(8) % 4
     blocks = list(zip(images.split(4), labels.split(4), strict=True))

@@ -47,6 +47,8 @@ try:
 except tp_mrs.InputError as error:
     result = {"error": str(error)}
 (folder / f"{state.process_index}.json").write_text(json.dumps(result))
+state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 
@@ -93,10 +95,8 @@ def test_two_processes_find_what_one_finds(mode: Any, tmp_path: Path) -> None:
 
 
 def test_a_loader_that_accelerate_has_split(tmp_path: Path) -> None:
-    one = measure(model(), batches(), torchattacks.VANILA)
-    found, other = run("prepared", tmp_path)
-    assert found == other
-    assert found["modules"] == pytest.approx(one.modules, rel=1e-5)
+    for result in run("prepared", tmp_path):
+        assert result["error"].startswith("data: accelerate has prepared this loader")
 
 
 def test_too_few_batches(tmp_path: Path) -> None:

@@ -105,7 +105,32 @@ def test_unused_layers_score_zero(batches: Batches) -> None:
         def forward(self, images: Any) -> Any:
             return self.net(images)
 
-    assert measure(Spare(), batches, torchattacks.FGSM).modules["spare"] == 0
+    model = Spare()
+    nn.init.constant_(model.spare.weight, math.nan)
+    for estimator in ("first_order", "pga"):
+        assert measure(model, batches, torchattacks.FGSM, estimator=estimator).modules["spare"] == 0
+
+
+def test_a_weight_that_goes_by_another_name(batches: Batches) -> None:
+    model: Any = small_cnn()
+    model.first = model[0].weight  # shared, and named first
+    model._parameters = {"first": model[0].weight}
+    plain = measure(small_cnn(), batches, torchattacks.VANILA, estimator="pga")
+    assert set(plain.modules) == {"0", "3", "7"}
+    assert measure(model, batches, torchattacks.VANILA, estimator="pga").modules["0"] > 0
+
+
+def test_memory_and_strides_stay(batches: Batches) -> None:
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    model.register_buffer("grid", torch.zeros(1, 3, 4, 4))
+    model.register_buffer("cube", torch.zeros(1, 3, 4, 4, 4))
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+    measure(model, batches, torchattacks.VANILA, channels_last=True)
+    assert all(one is other for one, other in zip(tensors, [*model.parameters(), *model.buffers()], strict=True))
+    assert [(tensor.data_ptr(), tensor.stride()) for tensor in tensors] == before
 
 
 @pytest.mark.parametrize("estimator", ["first_order", "pga"])
@@ -133,7 +158,7 @@ def test_the_order_of_batches_changes_nothing(batches: Batches) -> None:
 def test_max_batches_and_generators(batches: Batches) -> None:
     model = small_cnn()
     assert measure(model, (pair for pair in batches), torchattacks.FGSM, max_batches=1).blocks == (6,)
-    assert measure(model, (pair for pair in batches), torchattacks.FGSM).blocks == (6, 6)
+    assert measure(model, (pair for pair in batches), torchattacks.FGSM).blocks == (12,)
 
 
 def test_works_on_mobilevit() -> None:
@@ -240,8 +265,12 @@ def test_plots_show_intervals() -> None:
 
 def test_too_few_images_for_intervals(cnn: nn.Module, batches: Batches) -> None:
     result = measure_sensitivity(cnn, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
-    with pytest.raises(InputError, match="data: 12 calibration images are too few for intervals; use at least 128"):
+    with pytest.raises(InputError, match=r"data: 12 calibration images are too few .* use at least 128"):
         result.intervals()
+    with pytest.raises(InputError, match="too few"):
+        result.rank_stability()
+    with pytest.raises(InputError, match="times: expected an integer >= 1"):
+        made_up({"a": [0.1] * 10}).rank_stability(times=0)
 
 
 @pytest.mark.parametrize(("of", "level", "message"), [("layers", 0.9, "of: expected one of"), ("groups", 2, "level")])
@@ -261,6 +290,11 @@ def test_measured_intervals_hold_what_other_images_give(cnn: nn.Module) -> None:
         assert low * 0.9 < truth[name] < high * 1.1
 
 
+def test_ratios_of_modules_cannot_be_plotted() -> None:
+    with pytest.raises(InputError, match="ratios: expected names of groups, got 'Conv2d"):
+        made_up({"a": [0.1] * 10}).plot({nn.Conv2d(1, 1, 1): 0.5})  # type: ignore[dict-item]
+
+
 # --- shared weights ------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +311,7 @@ def test_shared_weights_are_measured_once(batches: Batches) -> None:
     found = measure(model, batches, torchattacks.VANILA)
     assert set(found.modules) == {"0", "1", "5"}
     assert found.aliases == {"2": "1"}
+    assert measure(model, batches, torchattacks.VANILA, estimator="pga").modules["1"] > 0
     assert found.typical(["1", "2"]) == found.typical(["2"]) == found.typical(["1"])
 
 

@@ -107,7 +107,7 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 def seed_all(seed: int) -> None:
     """Start the random generators of Python, NumPy and torch from `seed`."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -94,14 +94,33 @@ class RobustLoss:
 
 
 def in_blocks(batches: Iterable[Batch]) -> list[Batch]:
-    """The same images in parts small enough that there are about `BLOCKS`, but of `SMALLEST_BLOCK` images or more."""
+    """The same images in the same order, in about `BLOCKS` parts, but of about `SMALLEST_BLOCK` images or more."""
     batches = list(batches)
     size = max(SMALLEST_BLOCK, math.ceil(sum(len(labels) for _, labels in batches) / BLOCKS))
     blocks: list[Batch] = []
-    for images, labels in batches:
+    for images, labels in _joined(batches, size):
         parts = math.ceil(len(labels) / size)
         blocks += zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
     return blocks
+
+
+def _joined(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Join small batches, as long as they are of one shape and together have at most `size` images."""
+    waiting: list[Batch] = []
+    for images, labels in batches:
+        fits = sum(len(own) for _, own in waiting) + len(labels) <= size
+        if waiting and not (fits and waiting[0][0].shape[1:] == images.shape[1:]):
+            yield _concatenated(waiting)
+            waiting = []
+        waiting.append((images, labels))
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def _concatenated(batches: Sequence[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
@@ -162,7 +181,8 @@ def first_order(
         steps = torch.stack(added[name]).double().diff(dim=0)
         along = (steps @ direction).cpu()
         total = float(direction.square().sum())
-        scores[name] = epsilon * norm(weight) * length * (along / total if total else loss.sizes / loss.images)
+        score = epsilon * norm(weight) * length if length else 0.0
+        scores[name] = score * (along / total if total else loss.sizes / loss.images)
     return shares, scores
 
 

@@ -134,7 +134,7 @@ def measure_sensitivity(
     Notes:
         Where torch.distributed is running, as under `torchrun` once `accelerate.PartialState()` or an `Accelerator` has
         been made, each process takes its part of the batches and all get the same result. Every process must be given
-        all of `data`; or a loader that accelerate has prepared, of which each has its part already.
+        the same model and the same `data`, in the same order, all of it.
 
         RiFT takes plain gradient steps with learning rate 1 and scores on the test split; here steps are normalised,
         so that they reach the edge of the ball where gradients are small, and the training split is used. Biases and
@@ -193,7 +193,8 @@ def measure(
         gradients = {
             name: parameter.grad.detach() for name, parameter in model.named_parameters() if parameter.grad is not None
         }
-        ascend = partial(_ascend, loss, weights, gradients, base=base, epsilon=epsilon, steps=steps, progress=progress)
+        slopes = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
+        ascend = partial(_ascend, loss, weights, slopes, base=base, epsilon=epsilon, steps=steps, progress=progress)
         if estimator == "pga":
             shares |= ascend({name: (name,) for name in weights}, "layer")
         layers = {group.name: dict.fromkeys(aliases.get(layer, layer) for layer in group.layers) for group in groups}
@@ -235,18 +236,18 @@ def _ascend(
     steps: int,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Name → each block's share of what the worst change found of these layers costs, those that the model uses."""
+    """Name → each block's share of what the worst change found of these layers costs; those with gradients move."""
     found = {}
     bar = tqdm(layers.items(), "sensitivity", unit=unit, disable=None if progress and layers else True, leave=False)
     for name, own in bar:
-        used = [layer for layer in own if layer in weights and f"{layer}.weight" in gradients]
+        used = [layer for layer in own if layer in gradients]
         if not used:
             found[name] = torch.zeros_like(base)
             continue
         found[name] = projected_gradient_ascent(
             loss,
             [weights[layer] for layer in used],
-            [gradients[f"{layer}.weight"] for layer in used],
+            [gradients[layer] for layer in used],
             base=base,
             epsilon=epsilon,
             steps=steps,
@@ -264,7 +265,12 @@ def _attacked(
     progress: bool,
 ) -> list[Batch]:
     """This process's batches of adversarial images; the random start of each depends on its number alone."""
-    number, count = (0, 1) if isinstance(data, (DataLoaderShard, DataLoaderDispatcher)) else place()
+    number, count = place()
+    if count > 1 and isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
+        raise InputError(
+            "data: accelerate has prepared this loader, so it gives each process other images, and some of them twice; "
+            "pass the loader from before that: each process takes its part by itself"
+        )
     perturb = bind(attack, model)
     batches = []
     clean = checked_batches(model, data, max_batches=max_batches, description="attacking", progress=progress)
@@ -300,8 +306,10 @@ def measured_weights(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     found: dict[str, nn.Parameter] = {}
     owners: dict[int, str] = {}
     aliases: dict[str, str] = {}
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError("model: expected the model itself, got DistributedDataParallel; pass model.module")
     for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, LAYERS) else None
+        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if not isinstance(weight, nn.Parameter):
             continue
         if weight.dtype not in (torch.float32, torch.float64):

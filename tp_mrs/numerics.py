@@ -29,7 +29,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 @contextmanager
 def in_channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Weights in channels_last inside, if `wanted` and safe, and in their own formats again outside.
+    """Weights in channels_last inside, if `wanted` and safe, and in their own memory and format again outside.
 
     On x86 CPUs oneDNN writes past its workspace in the backward pass of strided 1×1 convolutions in this layout if they
     have fewer input channels than its block of 16 (uxlfoundation/oneDNN issue 6035). Pruned shortcuts often do.
@@ -45,12 +45,13 @@ def in_channels_last(model: nn.Module, wanted: bool) -> Iterator[None]:
     if wanted and narrow and device_of(model).type == "cpu":
         logger.warning("channels_last is not safe on a CPU for %s (oneDNN issue 6035); going on without it", narrow[0])
         wanted = False
-    kernels = [tensor for tensor in (*model.parameters(), *model.buffers()) if wanted and tensor.dim() == 4]
-    others = [tensor for tensor in kernels if not tensor.is_contiguous(memory_format=torch.channels_last)]
-    if wanted:
-        model.to(memory_format=torch.channels_last)
+    kernels = [parameter for parameter in model.parameters() if wanted and parameter.dim() == 4]
+    before = [(kernel, kernel.data) for kernel in kernels]
+    for kernel in kernels:
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for tensor in others:
-            tensor.data = tensor.data.contiguous()
+        for kernel, own in before:
+            own.copy_(kernel.data)
+            kernel.data = own

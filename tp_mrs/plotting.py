@@ -24,6 +24,12 @@ def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | Non
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("plot: needs matplotlib; install tp_mrs[plot]") from error
+    unknown = [key for key in ratios or {} if key not in sensitivity.groups]
+    if unknown:
+        raise InputError(
+            f"ratios: expected names of groups, got {str(unknown[0])[:60]!r}; for what allocate returns, pass "
+            "{name: ratios[module] for name, module in model.named_modules() if module in ratios}"
+        )
     order = {name: index for index, name in enumerate(sensitivity.modules)}
     names = sorted(sensitivity.groups, key=lambda name: order.get(name, len(order)))
     panels = [

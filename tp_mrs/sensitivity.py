@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ._version import versions
-from .errors import InputError, check_choice, check_number
+from .errors import InputError, check_choice, check_count, check_number
 from .estimators import SMALLEST_BLOCK
 from .files import read_json, write_json
 from .uncertainty import Array, mean_rank_correlation, resampled
@@ -96,11 +96,6 @@ class Sensitivity:
         """
         check_choice("of", of, get_args(Score))
         check_number("level", level, low=0, high=1)
-        if not self.has_intervals:
-            raise InputError(
-                f"data: {self.images} calibration images are too few for intervals; "
-                f"use at least {FEWEST_BLOCKS * SMALLEST_BLOCK}"
-            )
         samples = self._resampled(of)
         ends = np.percentile(samples, [50 * (1 - level), 50 * (1 + level)], axis=0).T.tolist()
         return {name: (low, high) for name, (low, high) in zip(self._names(of), ends, strict=True)}
@@ -110,11 +105,18 @@ class Sensitivity:
 
         Args:
             times: how many times as many images to imagine.
+
+        Raises:
+            InputError: `times` is below 1, or there are too few images to tell.
         """
+        check_count("times", times)
         return mean_rank_correlation(np.array(list(self.typical.values())), self._resampled("typical", times=times))
 
     def images_for_stable_ranking(self) -> int | None:
-        """About how many images would bring `rank_stability` to 0.95; None if it takes more than 64 times as many."""
+        """About how many images would bring `rank_stability` to 0.95; None beyond 64 times as many.
+
+        Raises `InputError` if there are too few images to tell.
+        """
         for times in (1, 2, 4, 8, 16, 32, 64):
             if self.rank_stability(times=times) >= STABLE:
                 return times * self.images
@@ -127,13 +129,13 @@ class Sensitivity:
         lines = [
             f"Module Robustness Sensitivity on {self.images} images: "
             f"robust accuracy {self.robust_accuracy:.1%}, robust loss {self.robust_loss:.3f}",
-            f"{'group':<{width}}  layers  {'MRS':>9}  {'typical':>9}" + ("  95% interval       " if intervals else ""),
+            f"{'group':<{width}}  layers  {'MRS':>9}  {'typical':>9}" + ("  95% interval     " if intervals else ""),
         ]
         for name in sorted(self.groups, key=lambda name: -self.typical[name]):
             bar = "█" * round(20 * self.typical[name] / top)
-            numbers = f"{len(self.members[name]):>6}  {self.groups[name]:>9.4f}  {self.typical[name]:>9.6f}"
+            numbers = f"{len(self.members[name]):>6}  {self.groups[name]:>9.3g}  {self.typical[name]:>9.3g}"
             if intervals:
-                numbers += "  {:>8.6f}–{:<8.6f}".format(*intervals[name])
+                numbers += "  {:>8.3g}–{:<8.3g}".format(*intervals[name])
             lines.append(f"{name:<{width}}  {numbers}  {bar}".rstrip())
         return "\n".join([*lines, *self._doubts()])
 
@@ -156,7 +158,12 @@ class Sensitivity:
         return np.array(list(self.modules.values()))
 
     def _resampled(self, of: Score, *, times: int = 1) -> Array:
-        """(bootstrap samples, modules or groups)."""
+        """(bootstrap samples, modules or groups); raises `InputError` if there are too few images."""
+        if not self.has_intervals:
+            raise InputError(
+                f"data: {self.images} calibration images are too few to tell how sure this is; "
+                f"use at least {FEWEST_BLOCKS * SMALLEST_BLOCK}"
+            )
         shares = np.array([self.shares[name] for name in self.modules]).T
         samples = resampled(shares, self.blocks, times=times).clip(min=0.0)  # no maximum over a ball is negative
         return samples if of == "modules" else np.stack(list(self._by_group(of, samples).values()), axis=-1)
