@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.networks import EPS, NETWORKS, dense
 from benchmarks.one_shot import MeasuredBefore
 from benchmarks.references import converged, rift
-from benchmarks.tables import RESULTS, fill, provenance
+from benchmarks.tables import RESULTS, fill, markdown, provenance
 from tp_mrs import allocate, create_model, recalibrate
 from tp_mrs.attacks import named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
@@ -455,14 +455,12 @@ def truth_table() -> str:
     seeds = layer_scores()
     if not seeds:
         return ""
-    lines = [
+    text = (
         f"**Layers.** resnet18 of widths 16–128, adversarially trained on digits, {IMAGES} images, "
         f"{len(seeds)} seeds: rank correlation over all layers with the highest increase that anything found, for each "
-        "seed; the smallest ratio to it, and to RiFT's value, of any layer; in brackets the median.",
-        "",
-        "| estimator | rank correlation | over highest | over RiFT's |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+        "seed; the smallest ratio to it, and to RiFT's value, of any layer; in brackets the median."
+    )
+    rows = []
     for name in [name for name in seeds[0] if name != "converged"]:
         ranks, ratios, over = [], [], []
         for scores in seeds:
@@ -471,8 +469,9 @@ def truth_table() -> str:
             ratios += [mine[layer] / best[layer] for layer in best]
             over += [mine[layer] / theirs[layer] for layer in best if theirs[layer] > 0]
         columns = (f"{min(values):.2f} ({statistics.median(values):.2f})" for values in (ratios, over))
-        lines.append(f"| {name} | {' '.join(ranks)} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+        rows.append([name, " ".join(ranks), *columns])
+    header = ["estimator", "rank correlation", "over highest", "over RiFT's"]
+    return f"{text}\n\n{markdown(header, rows)}"
 
 
 def speed_table() -> str:
@@ -501,60 +500,56 @@ def damage_table() -> str:
     found = results("damage")
     if not found:
         return ""
-    labels = list(damage_correlations(found[0]))
-    lines = [
+    text = (
         "**Groups.** Rank correlation of groups' scores with the robust loss (test images attacked anew) that losing "
         f"10 / 30 / 50% of a group's channels costs; {found[0]['calibration_images']} calibration and "
-        f"{found[0]['test_images']} test images. In brackets: BatchNorm recalibrated, 30%.",
-        "",
-        f"| score | {' | '.join(run['data'] + ', ' + run['network'] for run in found)} |",
-        f"| --- |{' ---: |' * len(found)}",
-    ]
-    for label in labels:
-        cells = []
-        for run in found:
-            found_here = dict(damage_correlations(run)[label])
-            after = found_here.pop("recalibrated")
-            cells.append(f"{' / '.join(f'{value:.2f}' for value in found_here.values())} ({after:.2f})")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f"{found[0]['test_images']} test images. In brackets: BatchNorm recalibrated, 30%."
+    )
+    correlations = [damage_correlations(run) for run in found]
+    rows = []
+    for label in correlations[0]:
+        row = [label]
+        for own in correlations:
+            ranks = [f"{rank:.2f}" for done, rank in own[label].items() if done != "recalibrated"]
+            row.append(f"{' / '.join(ranks)} ({own[label]['recalibrated']:.2f})")
+        rows.append(row)
+    return f"{text}\n\n{markdown(['score', *map(network_of, found)], rows)}"
 
 
 def alpha_table() -> str:
     found = results("alpha")
     if not found:
         return ""
-    lines = [
+    text = (
         f"**α.** Robust accuracy (PGD-3, 256 test images, %) at {found[0]['macs']:.0%} of the MACs by `allocate`, no "
-        "fine-tuning, BatchNorm recalibrated.",
-        "",
-        f"| network | dense | {' | '.join(f'α = {exponent}' for exponent in found[0]['rows'])} |",
-        f"| --- | ---: |{' ---: |' * len(found[0]['rows'])}",
+        "fine-tuning, BatchNorm recalibrated."
+    )
+    header = ["network", "dense", *(f"α = {exponent}" for exponent in found[0]["rows"])]
+    rows = [
+        [network_of(run), *(f"{100 * accuracy:.1f}" for _, accuracy in (run["dense"], *run["rows"].values()))]
+        for run in found
     ]
-    for run in found:
-        cells = " | ".join(f"{100 * accuracy:.1f}" for _, accuracy in run["rows"].values())
-        lines.append(f"| {run['data']}, {run['network']} | {100 * run['dense'][1]:.1f} | {cells} |")
-    return "\n".join(lines)
+    return f"{text}\n\n{markdown(header, rows)}"
 
 
 def images_table() -> str:
     found = results("images")
     if not found:
         return ""
-    lines = [
+    text = (
         "**Images.** Rank correlation of the groups' typical sensitivities between disjoint sets of images, and what "
-        "the bootstrap within a set says it is.",
-        "",
-        f"| images | {' | '.join(run['data'] + ', between sets | bootstrap' for run in found)} |",
-        f"| ---: |{' ---: | ---: |' * len(found)}",
-    ]
-    for row in zip(*(run["rows"] for run in found), strict=False):
-        cells = [
-            f"{each['between sets']:.2f} | {'–' if each['bootstrap'] is None else format(each['bootstrap'], '.2f')}"
-            for each in row
-        ]
-        lines.append(f"| {row[0]['images']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        "the bootstrap within a set says it is."
+    )
+    header = ["images", *(column for run in found for column in (f"{run['data']}, between sets", "bootstrap"))]
+    rows = []
+    for counts in zip(*(run["rows"] for run in found), strict=False):
+        values = [each[column] for each in counts for column in ("between sets", "bootstrap")]
+        rows.append([str(counts[0]["images"]), *("–" if value is None else f"{value:.2f}" for value in values)])
+    return f"{text}\n\n{markdown(header, rows)}"
+
+
+def network_of(run: dict[str, Any]) -> str:
+    return f"{run['data']}, {run['network']}"
 
 
 def plot(path: Path) -> None:
@@ -581,10 +576,13 @@ def plot(path: Path) -> None:
     axes[0].set(title="layers, digits", xlabel="highest found by any (nats)", ylabel="estimate (nats)")
     for axis, run in zip(axes[1:], networks, strict=True):
         costs = [run["costs"]["0.3"][group]["as it was"][0] for group in run["members"]]
-        axis.plot(group_scores(run)["typical"], costs, "o", color="#009E73", markersize=4)
+        scores = group_scores(run)["typical"]
+        axis.plot(scores, costs, "o", color="#009E73", markersize=4)
         rank = damage_correlations(run)["typical"]["0.3"]
+        ends = np.log10([min(scores), max(scores)])
         axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
+        axis.set_xlim(10 ** np.floor(ends[0]), 10 ** np.ceil(ends[1]))
         axis.set_yscale("symlog", linthresh=0.01)
         axis.set(title=f"{run['data']}, {run['network']}: {rank:.2f}", xlabel="typical sensitivity (nats)")
     axes[1].set_ylabel("robust loss for 30% of a group (nats)", fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def provenance() -> dict[str, Any]:
         "versions": {**versions(), "python": platform.python_version()},
         "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
     }
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table: the first column to the left, the others, which hold numbers, to the right."""
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def fill(name: str, text: str, *paths: Path) -> None:
