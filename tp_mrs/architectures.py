@@ -12,7 +12,7 @@ from timm.layers.attention import Attention
 from timm.models.metaformer import Scale
 from torch import nn
 
-from .errors import InputError
+from .errors import check_module
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers that carry a sensitivity, and whose channels are pruned."""
@@ -59,8 +59,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Raises:
         InputError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     before = [(module, module.scale) for module in prunable_attention(model)]
     take_sizes(model)
     for module, scale in before:

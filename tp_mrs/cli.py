@@ -355,13 +355,12 @@ def _print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
     from rich.table import Table
 
     first = next(iter(rows.values()))
-    scores = ["clean", *first.robust, *(["worst"] if len(first.robust) > 1 else [])]
     caption = f"{first.images} test images; in % with 95% intervals"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for name in rows:
         table.add_column(name, justify="right")
-    for score in scores:
+    for score in first.names:
         cells = (f"{100 * row.accuracy(score):.1f} [dim]{row.interval_text(score)}[/dim]" for row in rows.values())
         table.add_row(score, *cells)
     table.add_section()

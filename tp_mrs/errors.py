@@ -52,10 +52,15 @@ def check_device(name: str | torch.device) -> torch.device:
         raise InputError(f"device: cannot use {str(name)!r} here ({str(error).splitlines()[0]}); try 'cpu'") from error
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The one device that holds the model's parameters."""
+def check_module(model: object) -> None:
+    """Raise `InputError` unless it is a module."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The one device that holds the model's parameters."""
+    check_module(model)
     devices = {parameter.device for parameter in model.parameters()}
     if not devices:
         raise InputError("model: it has no parameters, so there is nothing to measure or prune")

@@ -59,8 +59,7 @@ class Evaluation:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        names = ["clean", *self.robust, *(["worst"] if len(self.robust) > 1 else [])]
-        parts = [f"{name} {self.accuracy(name):.1%} ({self.interval_text(name)})" for name in names]
+        parts = [f"{name} {self.accuracy(name):.1%} ({self.interval_text(name)})" for name in self.names]
         parts += [
             f"{self.macs / 1e6:.1f} M MACs",
             f"{self.params / 1e6:.2f} M params",
@@ -69,6 +68,11 @@ class Evaluation:
         if self.latency_ms is not None:
             parts.append(f"{self.latency_ms:.2f} ms")
         return ", ".join(parts) + f" ({self.images} images)"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the accuracies worth showing: clean, each attack's, and the worst case if there are several attacks."""
+        return ["clean", *self.robust, *(["worst"] if len(self.robust) > 1 else [])]
 
     def accuracy(self, name: str) -> float:
         """`clean`, `worst`, or the robust accuracy under the attack `name`."""
@@ -188,7 +192,7 @@ def evaluate(
             if masking:
                 sample.add(images, labels)
             for name, perturb in perturbs.items():
-                seed_all((seed + index) % 2**32)
+                seed_all(seed + index)
                 hits.setdefault(name, []).append(_correct(model, perturb(images, labels), labels, name))
         assert example is not None  # noqa: S101 (checked_batches raises where there is no batch)
         macs, params = count(model, example)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import tensorfile
 from ._version import versions
 from .architectures import take_sizes
-from .errors import InputError, check_device
+from .errors import InputError, check_device, check_module
 from .models import normalization, normalize
 from .recipes import check_recipe, find_recipe, skeleton
 from .shapes import Conv, check_fit, fill, slots
@@ -38,8 +38,7 @@ def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | Non
         InputError: the class names are not one string for each output, the model holds what safetensors cannot, or the
             file cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     names = _check_class_names(model, getattr(model, "class_names", None) if class_names is None else class_names)
     tensors = _tensors(model)
     statistics = normalization(model)
