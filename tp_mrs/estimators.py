@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import DivergenceError, device_of
 from .numerics import Precision, autocast
 from .processes import add_up, add_up_gradients
+from .shortcuts import Shortcut, shortcut
 
 Batch = tuple[Tensor, Tensor]
 
@@ -44,6 +45,7 @@ class RobustLoss:
         """Number of images, on all processes."""
         self.correct = 0
         """How many of them the last pass classified correctly."""
+        self._shortcut = Shortcut({})
 
     def shares(self) -> Tensor:
         """Each block's share of R, (blocks,) in float64, without gradients."""
@@ -63,14 +65,30 @@ class RobustLoss:
         add_up_gradients(self.model)
         return shares
 
+    @contextmanager
+    def varying(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Gradients for these parameters alone; what doesn't depend on them is run once for each batch."""
+        chosen = {id(weight) for weight in weights}
+        others = [p for p in self.model.parameters() if id(p) not in chosen and p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            with autocast(self.device, self.precision):
+                self._shortcut = shortcut(self.model, self.batches[0][0][:1])
+            yield
+        finally:
+            self._shortcut = Shortcut({})
+            for parameter in others:
+                parameter.requires_grad_(True)
+
     def total(self, shares: Tensor) -> float:
         """The sum over the blocks of all processes."""
         return float(add_up(shares.sum().to(self.device)))
 
     def _pass(self, batches: Sequence[Batch], after_each: Callable[[], None] = lambda: None) -> Tensor:
         found, correct = [], 0
-        for images, labels in batches:
-            with autocast(self.device, self.precision):
+        for index, (images, labels) in enumerate(batches):
+            with autocast(self.device, self.precision), self._shortcut.on(index):
                 logits = self.model(images)
             losses = F.cross_entropy(logits.float(), labels, reduction="none") / self.images
             if losses.requires_grad:
@@ -217,7 +235,7 @@ def projected_gradient_ascent(
     radii = [epsilon * norm(origin) for origin in origins]
     deltas = [torch.zeros_like(origin) for origin in origins]
     best, highest, rising = base, loss.total(base), True
-    with _only(loss.model, weights):
+    with loss.varying(weights):
         try:
             for step in range(steps):
                 for index, (weight, origin, radius) in enumerate(zip(weights, origins, radii, strict=True)):
@@ -239,20 +257,6 @@ def projected_gradient_ascent(
                     weight.copy_(origin)
                     weight.grad = None
     return best - base
-
-
-@contextmanager
-def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters alone, so that backward passes stop at their layers."""
-    chosen = {id(weight) for weight in weights}
-    others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
 
 
 def _moved(delta: Tensor, gradient: Tensor, radius: float) -> Tensor:
