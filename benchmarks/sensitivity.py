@@ -7,7 +7,7 @@
 
 Parts: `references`, layers' scores by RiFT's procedure and a converged maximiser, which takes longest; `truth`, ours
 beside them; `speed`, against RiFT's; `scaling`, from resnet18 to resnet101; `memory`, beside a training step's;
-`damage`, groups' scores against what pruning really costs; `alpha`, exponents of `allocate`; `images`, how many.
+`damage`, groups' scores against what pruning really costs; `allocation`, what ratios should go by; `images`, how many.
 Each network or seed is a file in benchmarks/results/.
 """
 
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import EPS, NETWORKS, dense
 from benchmarks.one_shot import MeasuredBefore
-from benchmarks.references import converged, rift
+from benchmarks.references import converged, mean_loss, rift
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from tp_mrs import allocate, create_model, recalibrate
 from tp_mrs.attacks import named_attack, parse_eps
@@ -47,6 +47,7 @@ from tp_mrs.measuring import measure, measured_weights
 from tp_mrs.numerics import Precision
 from tp_mrs.pruning import prunable_groups, prune_by_ratio
 from tp_mrs.sensitivity import FEWEST_BLOCKS, combined
+from tp_mrs.uncertainty import Array
 
 FORMAT = "tp_mrs.sensitivity_benchmark/1"
 EPSILON = 0.1
@@ -69,7 +70,7 @@ def attacked(model: nn.Module, data: ImageData, batch: tuple[Tensor, Tensor], st
     return attack(*batch).detach(), batch[1]
 
 
-def correlation(ours: list[float], theirs: list[float]) -> float:
+def correlation(ours: Sequence[float] | Array, theirs: Sequence[float] | Array) -> float:
     """Spearman's, rounded."""
     return round(float(spearmanr(ours, theirs).statistic), 3)
 
@@ -255,59 +256,77 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     """For each group: its scores, and the robust loss that losing 10, 30 and 50% of its channels costs.
 
     Channels go by Taylor importance on the adversarial loss. The pruned network is attacked anew, by PGD-3 on test
-    images.
+    images. Beside the scores stands what losing 30% costs on the attacked calibration images as they are.
     """
     data = load_data(data_name, folder)
-    model = dense(data, name)
-    calibration, test = images_of(data, 256), images_of(data, 128, split="test")
+    model = dense(data, name).to(memory_format=torch.channels_last)
+    calibration, test = images_of(data, 256), images_of(data, 256, split="test")
     batch = attacked(model, data, calibration, 10)
-    example = calibration[0][:1]
-    model.to(memory_format=torch.channels_last)
-    groups = prunable_groups(model, example)
+    groups = prunable_groups(model, calibration[0][:1])
     ours = Estimates(model, batch)
     modules = {"first_order": ours.first_order(), "pga": ours.ascents(3)}
     members = {group.name: [layer for layer in group.layers if layer in ours.weights] for group in groups}
     sizes = {layer: weight.numel() for layer, weight in ours.weights.items()}
     together = {group: ours.ascent(layers, 3) for group, layers in members.items()}
-    importance = MRSImportance(model, [calibration], named_attack("pgd-10", eps=parse_eps(EPS[data.name])), alpha=0.0)
-    measurement = importance.measurement()
-    dense_loss = {"as it was": robustness(model, data, test)}
-    dense_loss["recalibrated"] = dense_loss["as it was"]
+    pruned_by = Pruning(model, calibration, data)
+    before, robust_loss = losses_under_attack(model, data, test), mean_loss(model, [batch])
     costs: dict[str, dict[str, dict[str, list[float]]]] = {}
+    direct = {}
     for ratio in RATIOS:
-        for group in groups:
-            pruned = copy.deepcopy(model)
-            taylor = MeasuredBefore(pruned, [calibration], torchattacks.VANILA, alpha=0.0)
-            taylor.shared = measurement
-            prune_by_ratio(pruned, example, {pruned.get_submodule(group.name): ratio}, taylor)
-            cost = {"as it was": robustness(pruned, data, test)}
+        for group in members:
+            pruned = pruned_by({group: ratio})
+            found = {"as it was": losses_under_attack(pruned, data, test)}
             if ratio == RECALIBRATED:
-                cost["recalibrated"] = robustness(recalibrate(pruned, [calibration]), data, test)
-            costs.setdefault(f"{ratio:g}", {})[group.name] = {
-                how: [round(found - before, 5) for found, before in zip(cost[how], dense_loss[how], strict=True)]
-                for how in cost
+                direct[group] = mean_loss(pruned, [batch]) - robust_loss
+                found["recalibrated"] = losses_under_attack(recalibrate(pruned, [calibration]), data, test)
+            costs.setdefault(f"{ratio:g}", {})[group] = {
+                how: [round(float(part.mean()), 5) for part in halves(losses - before)] for how, losses in found.items()
             }
     return {
         "data": data.name,
         "network": name,
         **NETWORKS[data.name, name],
-        "calibration_images": 256,
-        "test_images": 128,
-        "dense": dense_loss["as it was"],
+        "calibration_images": len(calibration[0]),
+        "test_images": len(test[0]),
+        "dense_loss": round(float(before.mean()), 5),
         "members": members,
         "sizes": sizes,
         "modules": modules,
         "together": together,
+        "direct": direct,
         "costs": costs,
     }
 
 
-def robustness(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> list[float]:
-    """Cross-entropy and accuracy on test images attacked by PGD-3."""
-    images, labels = attacked(model.to(memory_format=torch.channels_last), data, test, 3)
+class Pruning:
+    """Prunes copies of a network by ratios, the weakest channels by Taylor importance on the adversarial loss."""
+
+    def __init__(self, model: nn.Module, calibration: tuple[Tensor, Tensor], data: ImageData) -> None:
+        self.model, self.calibration = model, calibration
+        self.attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
+        importance = MRSImportance(model, [calibration], self.attack, alpha=0.0, channels_last=True, progress=False)
+        self.measurement, self.example = importance.measurement(), calibration[0][:1]
+        self.sensitivity = importance.sensitivity(self.example)
+
+    def __call__(self, ratios: Mapping[str, float]) -> nn.Module:
+        """A pruned copy; ratios by the names of the groups."""
+        pruned = copy.deepcopy(self.model)
+        taylor = MeasuredBefore(pruned, [self.calibration], self.attack, alpha=0.0)
+        taylor.shared = self.measurement
+        prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, taylor)
+        return pruned.to(memory_format=torch.channels_last)
+
+
+def losses_under_attack(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy of each test image, attacked by PGD-3: (N,)."""
+    images, labels = attacked(model, data, test, 3)
     with torch.no_grad():
-        logits = model(images)
-    return [float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())]
+        return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def halves(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Every other image, and those between."""
+    return losses[::2], losses[1::2]
 
 
 def group_scores(result: dict[str, Any]) -> dict[str, list[float]]:
@@ -331,44 +350,62 @@ def group_scores(result: dict[str, Any]) -> dict[str, list[float]]:
         ],
         "typical": each("first_order", typical),
         "typical, pga": each("pga", typical),
+        "removal, tried": list(result["direct"].values()),
     }
 
 
 def damage_correlations(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Score → what was done → rank correlation with the robust loss that this costs."""
-    return {
-        label: {
-            ratio if how == "as it was" else how: correlation(scores, [costs[g][how][0] for g in result["members"]])
-            for ratio, costs in result["costs"].items()
-            for how in next(iter(costs.values()))
-        }
-        for label, scores in group_scores(result).items()
+    """Score → what was done → rank correlation with the robust loss that this costs.
+
+    The last row is how far the cost on one half of the test images tells that on the other.
+    """
+    costs = {
+        ratio if how == "as it was" else how: np.array([by_group[group][how] for group in result["members"]])
+        for ratio, by_group in result["costs"].items()
+        for how in next(iter(by_group.values()))
     }
+    scores = group_scores(result)
+    found = {
+        label: {done: correlation(score, cost.mean(axis=1)) for done, cost in costs.items()}
+        for label, score in scores.items()
+    }
+    return {**found, "one half by the other": {done: correlation(*cost.T) for done, cost in costs.items()}}
 
 
-# --- alpha: how much sensitivity should count ----------------------------------------------------------------------
+# --- allocation: what ratios should go by ----------------------------------------------------------------------------
 
-ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0)
+ALPHAS, BUDGETS = (0.5, 1.0, 2.0), (0.5, 0.25)
 
 
-def alpha(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
-    """Robust accuracy of the network at half its MACs, BatchNorm recalibrated, for each exponent of `allocate`."""
+def allocation(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
+    """Robust accuracy of the network at half and a quarter of its MACs, BatchNorm recalibrated.
+
+    For scores of groups, and exponents of `allocate`; `"removal, tried"` is what losing 30% of a group costs.
+    """
     data = load_data(data_name, folder)
-    model = dense(data, name)
-    calibration, test = images_of(data, 512), images_of(data, 256, split="test")
-    attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
-    example = calibration[0][:1]
-    importance = MRSImportance(model, [calibration], attack, alpha=0.0, channels_last=True, progress=False)
-    sensitivity = importance.sensitivity(example)
-    rows = {}
-    for exponent in ALPHAS:
-        pruned = copy.deepcopy(model)
-        taylor = MeasuredBefore(pruned, [calibration], attack, alpha=0.0)
-        taylor.shared = importance.measurement()
-        ratios = allocate(pruned, example, sensitivity, macs=0.5, alpha=exponent)
-        prune_by_ratio(pruned, example, ratios, taylor)
-        rows[f"{exponent:g}"] = robustness(recalibrate(pruned, [calibration]), data, test)
-    return {"data": data.name, "network": name, "macs": 0.5, "dense": robustness(model, data, test), "rows": rows}
+    model = dense(data, name).to(memory_format=torch.channels_last)
+    calibration, test = images_of(data, 512), images_of(data, 500, split="test")
+    batch = attacked(model, data, calibration, 10)
+    pruned_by = Pruning(model, calibration, data)
+    sensitivity = pruned_by.sensitivity
+    before = mean_loss(model, [batch])
+    removal = {
+        group: max(mean_loss(pruned_by({group: RECALIBRATED}), [batch]) - before, 1e-4) for group in sensitivity.groups
+    }
+    scores = {"typical": sensitivity.typical, "sum": sensitivity.groups, "removal, tried": removal}
+    tries = [("uniform", 0.0), *itertools.product(scores, ALPHAS)]
+    rows: dict[str, dict[str, float]] = {}
+    for budget in BUDGETS:
+        for label, exponent in tries:
+            ratios = allocate(model, pruned_by.example, scores.get(label, sensitivity), macs=budget, alpha=exponent)
+            names = {module: name for name, module in model.named_modules()}
+            pruned = pruned_by({names[module]: ratio for module, ratio in ratios.items()})
+            images, labels = attacked(recalibrate(pruned, [calibration], progress=False), data, test, 3)
+            with torch.no_grad():
+                accuracy = float((pruned(images).argmax(1) == labels).float().mean())
+            key = label if label == "uniform" else f"{label}, α = {exponent:g}"
+            rows.setdefault(key, {})[f"{budget:g}"] = round(accuracy, 4)
+    return {"data": data.name, "network": name, "test_images": len(test[0]), "rows": rows}
 
 
 # --- images: how many it takes ----------------------------------------------------------------------------------------
@@ -417,8 +454,8 @@ def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, str, Callable[[
         if data in folders and not name.startswith("narrow"):
             if name == "resnet18":
                 yield "images", f"images-{data}", partial(images, data, folders[data], name)
-            yield "alpha", f"alpha-{data}-{name}", partial(alpha, data, folders[data], name)
             yield "damage", f"damage-{data}-{name}", partial(damage, data, folders[data], name)
+            yield "allocation", f"allocation-{data}-{name}", partial(allocation, data, folders[data], name)
 
 
 def path_of(file: str) -> Path:
@@ -432,7 +469,7 @@ def results(part: str) -> list[dict[str, Any]]:
 
 def report() -> str:
     """All tables."""
-    tables = [truth_table(), speed_table(), damage_table(), alpha_table(), images_table()]
+    tables = [truth_table(), speed_table(), damage_table(), allocation_table(), images_table()]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -501,7 +538,8 @@ def damage_table() -> str:
     text = (
         "**Groups.** Rank correlation of groups' scores with the robust loss (test images attacked anew) that losing "
         f"10 / 30 / 50% of a group's channels costs; {found[0]['calibration_images']} calibration and "
-        f"{found[0]['test_images']} test images. In brackets: BatchNorm recalibrated, 30%."
+        f'{found[0]["test_images"]} test images. In brackets: BatchNorm recalibrated, 30%. "Removal, tried" is what '
+        "losing 30% costs on the attacked calibration images; the last row shows how much of the rest is noise."
     )
     correlations = [damage_correlations(run) for run in found]
     rows = []
@@ -514,20 +552,20 @@ def damage_table() -> str:
     return f"{text}\n\n{markdown(['score', *map(network_of, found)], rows)}"
 
 
-def alpha_table() -> str:
-    found = results("alpha")
+def allocation_table() -> str:
+    found = results("allocation")
     if not found:
         return ""
     text = (
-        f"**α.** Robust accuracy (PGD-3, 256 test images, %) at {found[0]['macs']:.0%} of the MACs by `allocate`, no "
-        "fine-tuning, BatchNorm recalibrated."
+        f"**Allocation.** Robust accuracy (PGD-3, {found[0]['test_images']} test images, %) at "
+        f"{' / '.join(f'{100 * budget:.0f}' for budget in BUDGETS)}% of the MACs by `allocate`, by the score that "
+        "ratios go by; BatchNorm recalibrated, no fine-tuning."
     )
-    header = ["network", "dense", *(f"α = {exponent}" for exponent in found[0]["rows"])]
     rows = [
-        [network_of(run), *(f"{100 * accuracy:.1f}" for _, accuracy in (run["dense"], *run["rows"].values()))]
-        for run in found
+        [label, *(" / ".join(f"{100 * accuracy:.1f}" for accuracy in run["rows"][label].values()) for run in found)]
+        for label in found[0]["rows"]
     ]
-    return f"{text}\n\n{markdown(header, rows)}"
+    return f"{text}\n\n{markdown(['ratios by', *map(network_of, found)], rows)}"
 
 
 def images_table() -> str:
@@ -573,7 +611,7 @@ def plot(path: Path) -> None:
     axes[0].legend(frameon=False, fontsize="small")
     axes[0].set(title="layers, digits", xlabel="highest found by any (nats)", ylabel="estimate (nats)")
     for axis, run in zip(axes[1:], networks, strict=True):
-        costs = [run["costs"]["0.3"][group]["as it was"][0] for group in run["members"]]
+        costs = [statistics.mean(run["costs"]["0.3"][group]["as it was"]) for group in run["members"]]
         scores = group_scores(run)["typical"]
         axis.plot(scores, costs, "o", color="#009E73", markersize=4)
         rank = damage_correlations(run)["typical"]["0.3"]
@@ -593,7 +631,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("references", "truth", "speed", "scaling", "memory", "damage", "alpha", "images")
+    parts = ("references", "truth", "speed", "scaling", "memory", "damage", "allocation", "images")
     parser.add_argument("--parts", nargs="+", choices=parts, help="run these, anew")
     parser.add_argument("--data-dir", help="folder with CIFAR-10; without it, digits only")
     parser.add_argument("--report", action="store_true", help="write the tables and the plot only")

@@ -126,8 +126,23 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_sensitivity_of_another_model() -> None:
     _, example, sensitivity = subject("small_resnet")
-    with pytest.raises(InputError, match="sensitivity: it was measured on a model with other groups"):
+    with pytest.raises(InputError, match="sensitivity: its groups are not this model's"):
         allocate(small_cnn(), example, sensitivity, macs=0.5)
+
+
+def test_a_sensitivity_from_before_pruning() -> None:
+    model, example, sensitivity = subject("small_resnet")
+    pruned = pruned_by_hand(model, example, allocate(model, example, sensitivity, macs=0.5))
+    with pytest.raises(InputError, match=r"sensitivity: it was measured when \S+ had \d+ weights"):
+        allocate(pruned, example, sensitivity, macs=0.5)
+
+
+def test_scores_of_ones_own() -> None:
+    model, example, sensitivity = subject("vgg11_bn")
+    assert allocate(model, example, sensitivity.typical, macs=0.5) == allocate(model, example, sensitivity, macs=0.5)
+    first = next(iter(sensitivity.groups))
+    with pytest.raises(InputError, match=f"sensitivity\\['{first}'\\]: expected a number >= 0, got -1"):
+        allocate(model, example, {**sensitivity.typical, first: -1}, macs=0.5)
 
 
 def test_zero_sensitivity_everywhere_is_uniform() -> None:

@@ -7,8 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchattacks
 
 from tests.conftest import small_cnn, unchanged
+from tp_mrs import InputError, measure_sensitivity
 from tp_mrs.borrowing import borrowed, lent
 
 
@@ -46,3 +48,9 @@ def test_lent_parameters_collect_no_gradient() -> None:
         images = torch.zeros(1, 3, 16, 16, requires_grad=True)
         model(images).sum().backward()
         assert images.grad is not None
+
+
+def test_inference_mode_is_refused_for_what_needs_gradients() -> None:
+    model = small_cnn()
+    with unchanged(model), torch.inference_mode(), pytest.raises(InputError, match="call this outside of it"):
+        measure_sensitivity(model, [], torchattacks.PGD, example_inputs=torch.zeros(1, 3, 16, 16))

@@ -27,7 +27,7 @@ Kept = dict[str, int]
 def allocate(
     model: nn.Module,
     example_inputs: Tensor,
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity | Mapping[str, float],
     *,
     macs: float | None = None,
     params: float | None = None,
@@ -45,7 +45,7 @@ def allocate(
     Args:
         model: the model that `sensitivity` was measured on; stays as it is.
         example_inputs: (N, C, H, W), on the model's device.
-        sensitivity: from `measure_sensitivity`.
+        sensitivity: from `measure_sensitivity`; or scores of your own, name of each of its groups → a number ≥ 0.
         macs, params, channels: the budget, as a fraction of the model's multiply-accumulates, parameters, or prunable
             channels; give exactly one, in (0, 1].
         alpha: how much the sensitivity counts. 0 prunes all groups alike.
@@ -68,11 +68,11 @@ def allocate(
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
-    if [group.name for group in groups] != list(sensitivity.groups):
-        raise InputError(
-            "sensitivity: it was measured on a model with other groups; measure it on the model you allocate for"
-        )
-    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), sensitivity.typical, alpha, min_keep, round_to)
+    scores = sensitivity.typical if isinstance(sensitivity, Sensitivity) else sensitivity
+    _check_scores(scores, groups)
+    if isinstance(sensitivity, Sensitivity):
+        _check_sizes(model, sensitivity.sizes)
+    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), scores, alpha, min_keep, round_to)
     dense = amount(model, example_inputs, measure)
     kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
     modules = dict(model.named_modules())
@@ -97,6 +97,27 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
     check_number("min_keep", min_keep, low=0, high=1, open_low=True)
     if round_to is not None:
         check_count("round_to", round_to)
+
+
+def _check_scores(scores: Mapping[str, float], groups: Sequence[Group]) -> None:
+    names = {group.name for group in groups}
+    if names != set(scores):
+        odd = ", ".join(sorted(names ^ set(scores))[:3])
+        raise InputError(
+            f"sensitivity: its groups are not this model's ({odd}); measure it on the model you allocate for"
+        )
+    for name, score in scores.items():
+        check_number(f"sensitivity[{name!r}]", score, low=0)
+
+
+def _check_sizes(model: nn.Module, sizes: Mapping[str, int]) -> None:
+    modules = dict(model.named_modules())
+    for name, size in sizes.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.numel() != size:
+            raise InputError(
+                f"sensitivity: it was measured when {name} had {size} weights; measure the model anew after pruning it"
+            )
 
 
 def amount(model: nn.Module, example_inputs: Tensor, measure: str) -> int:

@@ -22,7 +22,12 @@ def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     Kept: each module's training flag, each parameter's `requires_grad` and `.grad`, the buffers' values, and the
     random state of Python, NumPy and torch. Inside, every `.grad` is None, gradients are enabled, and the random
     generators start from `seed` if one is given. Weights are not copied: who changes them puts them back.
+
+    Raises:
+        InputError: `torch.inference_mode` is on, under which there are no gradients.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode: gradients are needed here; call this outside of it")
     with (
         preserved_flags(model),
         preserved_buffers(model),

@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     _prune_arguments(prune)
     sensitivity = _command(commands, "sensitivity", _sensitivity, "measure which layers robustness hangs on", common)
     sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
-    sensitivity.add_argument("--steps", type=int, default=3, help="of the estimator pga (3)")
+    sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
     evaluating = _command(commands, "evaluate", _evaluate, "measure clean and robust accuracy, size and speed", common)
     evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
     _export_arguments(_command(commands, "export", _export, "write a saved model as ONNX or as a PyTorch program"))

@@ -73,7 +73,7 @@ class MRSImportance(tp.importance.Importance):
         round_to: int = 1,
         epsilon: float = 0.1,
         estimator: Estimator = "first_order",
-        steps: int = 3,
+        steps: int = 5,
         max_batches: int | None = None,
         precision: Precision = "fp32",
         channels_last: bool = False,

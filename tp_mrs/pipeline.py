@@ -96,7 +96,7 @@ def mrpf(
     base: BaseName | Callable[[Any], Tensor | None] = "taylor",
     epsilon: float = 0.1,
     estimator: Estimator = "first_order",
-    steps: int = 3,
+    steps: int = 5,
     calibration_data: Iterable[Any] | None = None,
     max_batches: int | None = None,
     test_data: Iterable[Any] | None = None,
