@@ -45,7 +45,7 @@ from tp_mrs.files import read_json, write_json
 from tp_mrs.importance import MRSImportance
 from tp_mrs.measuring import measure, measured_weights
 from tp_mrs.numerics import Precision
-from tp_mrs.pruning import prunable_groups, prune_by_ratio
+from tp_mrs.pruning import LAYERS, build_pruner, prunable_groups, prune_by_ratio, rooted_groups
 from tp_mrs.sensitivity import FEWEST_BLOCKS, combined
 from tp_mrs.uncertainty import Array
 
@@ -293,6 +293,7 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
         "sizes": sizes,
         "modules": modules,
         "together": together,
+        "weaker_half": weaker_halves(model, calibration[0][:1], pruned_by.measurement.gradients),
         "direct": direct,
         "costs": costs,
     }
@@ -315,6 +316,30 @@ class Pruning:
         taylor.shared = self.measurement
         prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, taylor)
         return pruned.to(memory_format=torch.channels_last)
+
+
+def weaker_halves(model: nn.Module, example: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """Group → √(Σ (w · ∂R/∂w)²) over the weights that go with the half of its units for which this is smallest.
+
+    It is what losing that half costs to first order, as a root mean square, had the weights' parts random signs.
+    """
+    pruner = build_pruner(model, example)
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for group in rooted_groups(pruner):
+        parts = torch.zeros(group.units, dtype=torch.float64)
+        for item in group.raw:
+            layer = item.dep.target.module
+            if not isinstance(layer, LAYERS) or names.get(layer) is None:
+                continue
+            grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+            side = 0 if grouped or pruner.DG.is_out_channel_pruning_fn(item.dep.handler) else 1
+            product = (layer.weight.detach() * gradients[f"{names[layer]}.weight"]).double().square()
+            by_channel = product.transpose(0, side).flatten(1).sum(1)
+            units = torch.tensor([index % group.units for index in item.root_idxs])
+            parts.index_add_(0, units, by_channel[item.idxs])
+        found[names[group.root]] = float(parts.sort().values[: max(1, group.units // 2)].sum().sqrt())
+    return found
 
 
 def losses_under_attack(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> Tensor:
@@ -350,6 +375,7 @@ def group_scores(result: dict[str, Any]) -> dict[str, list[float]]:
         ],
         "typical": each("first_order", typical),
         "typical, pga": each("pga", typical),
+        "weaker half": list(result["weaker_half"].values()),
         "removal, tried": list(result["direct"].values()),
     }
 
@@ -374,7 +400,7 @@ def damage_correlations(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 # --- allocation: what ratios should go by ----------------------------------------------------------------------------
 
-ALPHAS, BUDGETS = (0.5, 1.0, 2.0), (0.5, 0.25)
+ALPHAS, BUDGETS = (0.5, 1.0), (0.5, 0.25)
 
 
 def allocation(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
@@ -392,7 +418,13 @@ def allocation(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     removal = {
         group: max(mean_loss(pruned_by({group: RECALIBRATED}), [batch]) - before, 1e-4) for group in sensitivity.groups
     }
-    scores = {"typical": sensitivity.typical, "sum": sensitivity.groups, "removal, tried": removal}
+    weaker = weaker_halves(model, pruned_by.example, pruned_by.measurement.gradients)
+    scores = {
+        "typical": sensitivity.typical,
+        "sum": sensitivity.groups,
+        "weaker half": weaker,
+        "removal, tried": removal,
+    }
     tries = [("uniform", 0.0), *itertools.product(scores, ALPHAS)]
     rows: dict[str, dict[str, float]] = {}
     for budget in BUDGETS:

@@ -38,9 +38,12 @@ def allocate(
 ) -> dict[nn.Module, float]:
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
-    Group g keeps the fraction `k_g = clip(κ · (T_g / geometric mean)^α, min_keep, 1)` of its channels, with T_g its
-    typical sensitivity (see `Sensitivity.typical`). κ is found by bisection; the channels lost to rounding go to the
-    groups that rounding hurt most. The budget is then counted on a pruned copy of the model.
+    Group g loses the fraction `r_g = min(λ · (c_g / T_g)^α, 1 − min_keep)` of its channels: T_g is its typical
+    sensitivity (see `Sensitivity.typical`), c_g its part of the cost, which removing all of it would save but for what
+    it shares with others. With α = 1 each multiply-accumulate (or parameter, or channel) saved adds equally to
+    Σ T_g r_g², as at its minimum: robust loss taken to rise with the square of the fraction, as the weakest channels go
+    first. λ is found by bisection; channels lost to rounding go to the groups that rounding hurt most. The budget is
+    then counted on a pruned copy of the model.
 
     Args:
         model: the model that `sensitivity` was measured on; stays as it is.
@@ -48,7 +51,7 @@ def allocate(
         sensitivity: from `measure_sensitivity`; or scores of your own, name of each of its groups → a number ≥ 0.
         macs, params, channels: the budget, as a fraction of the model's multiply-accumulates, parameters, or prunable
             channels; give exactly one, in (0, 1].
-        alpha: how much the sensitivity counts. 0 prunes all groups alike.
+        alpha: how much cost and sensitivity count. 0 prunes all groups alike.
         min_keep: least fraction of its channels that a group keeps, in (0, 1]; at least one channel stays anyway.
         round_to: keep multiples of so many channels (or all of a group's).
 
@@ -58,8 +61,9 @@ def allocate(
 
     Notes:
         With the worst case MRS_g in place of T_g, wide late layers are kept whole at the cost of narrow early ones,
-        because the worst direction counts for more in more dimensions; robust accuracy after pruning is lower (see
-        benchmarks/README.md).
+        because the worst direction counts for more in more dimensions; robust accuracy after pruning is lower. So it is
+        with scores that tell better what pruning a group costs, and with the rule k_g = κ · T_g^α for the fraction
+        kept, which does not ask what a group costs (benchmarks/README.md has the numbers).
 
     Raises:
         InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
@@ -162,9 +166,13 @@ class _Plan:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        """`(T_g / geometric mean)^α` of each group."""
+        """`(c_g / T_g)^α` of each group, up to a factor."""
         mean = geometric_mean(self.scores.values())
-        return {name: relative_weight(score, mean, self.alpha) for name, score in self.scores.items()}
+        whole = {group.name: group.units for group in self.groups}
+        costs = {g.name: g.units * (self.cost(whole) - self.cost({**whole, g.name: g.units - 1})) for g in self.groups}
+        return {
+            name: costs[name] ** self.alpha / relative_weight(self.scores[name], mean, self.alpha) for name in whole
+        }
 
     def choices(self, group: Group) -> list[int]:
         """Numbers of units that the group may keep, ascending."""
@@ -174,8 +182,8 @@ class _Plan:
         return [*multiples, group.units]
 
     def wanted(self, scale: float) -> dict[str, float]:
-        """Units that each group would keep at κ = `scale` if they could be split."""
-        return {group.name: min(scale * self.weights[group.name], 1.0) * group.units for group in self.groups}
+        """Units that each group would keep at λ = 1 / `scale` if they could be split."""
+        return {group.name: max(1 - self.weights[group.name] / scale, 0.0) * group.units for group in self.groups}
 
     def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
         kept = {}
