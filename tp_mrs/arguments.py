@@ -1,0 +1,155 @@
+"""The commands of `tp-mrs`, their options, and what these stand for when they are not given."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ._version import __version__
+from .data import LOADERS
+from .errors import check_choice
+from .exporting import FORMATS
+from .importance import BASES
+from .objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the options stand for when they are not given."""
+
+    model: str = "resnet18"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    dense_epochs: float | None = None
+    eps: str = "8/255"
+    train_attack: str | None = None
+    epochs: float = 10.0
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    batch_size: int = 128
+
+
+PRESETS = {
+    "digits": Preset(
+        model="resnet10t",
+        model_kwargs={"channels": [16, 32, 64, 128], "stem_width": 8},
+        dense_epochs=12,
+        eps="0.1",
+        train_attack="pgd-3",
+        epochs=6,
+        optimizer="adamw",
+        lr=0.005,
+        batch_size=32,
+    )
+}
+
+
+def fill_in(arguments: argparse.Namespace) -> None:
+    """Give the options that were left out the values of the data set's preset."""
+    check_choice("data", arguments.data, LOADERS)
+    preset = PRESETS.get(arguments.data, Preset())
+    if arguments.model is not None and arguments.model_kwargs is None:
+        arguments.model_kwargs = {}
+    for option in fields(preset):
+        if getattr(arguments, option.name, None) is None:
+            setattr(arguments, option.name, getattr(preset, option.name))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `tp-mrs`; it leaves the name of the command in `command`."""
+    parser = argparse.ArgumentParser(
+        prog="tp-mrs", description="Prune networks so that the small one still withstands adversarial attacks."
+    )
+    parser.add_argument("--version", action="version", version=f"tp-mrs {__version__}")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    common = _common_arguments()
+    prune = _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", common)
+    _prune_arguments(prune)
+    sensitivity = _command(commands, "sensitivity", "measure which layers robustness hangs on", common)
+    sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
+    sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
+    evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", common)
+    evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
+    _export_arguments(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents
+    )
+    return command
+
+
+def _common_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
+    what.add_argument("--model-kwargs", nargs="*", action=_KeyValues, help="its arguments, e.g. channels=32,64,128,256")
+    what.add_argument("--checkpoint", help="safetensors file: from tp-mrs, or a state dict of the architecture")
+    what.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
+    what.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
+    what.add_argument("--data-dir", help="folder that holds the data set as published")
+    what.add_argument("--download", action="store_true", help="let torchvision fetch it into --data-dir")
+    what.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
+    what.add_argument("--test-images", type=int, help="evaluate on so many test images (all)")
+    how = parser.add_argument_group("attacks and measuring")
+    how.add_argument("--eps", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
+    how.add_argument("--attack", default="pgd-10", help="for measuring sensitivity: any torchattacks name (pgd-10)")
+    how.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating (fgsm pgd-20)")
+    how.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga (first_order)")
+    how.add_argument("--calibration-images", type=int, default=512, help="training images to measure on (512)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)}, or with -awp (pgd)")
+    train.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
+    train.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
+    train.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
+    train.add_argument("--batch-size", type=int, help="images a batch (128; digits: 32)")
+    train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training (bf16)")
+    run = parser.add_argument_group("running")
+    run.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
+    run.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    run.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pruning and fine-tuning")
+    group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5)")
+    group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
+    group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
+    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
+    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
+    group.add_argument("--base", default="taylor", help=f"picks channels in a group: {', '.join(BASES)} (taylor)")
+    group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
+    group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
+    group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
+    group.add_argument("--out", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="MODEL", help="safetensors file from tp-mrs prune or tp_mrs.save")
+    parser.add_argument("--format", help=f"{' or '.join(FORMATS)} (what --out ends in, else onnx)")
+    parser.add_argument("--out", help="the file to write (beside MODEL, with the format's ending)")
+    parser.add_argument("--image-size", type=int, help="of the images it will take, in pixels (as the model was made)")
+    parser.add_argument("--opset", type=int, help="version of ONNX's operators (PyTorch's choice)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+
+
+class _KeyValues(argparse.Action):
+    """`key=value` pairs; values are Python literals where they can be, else text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        pairs: dict[str, Any] = {}
+        for value in values:
+            key, separator, text = value.partition("=")
+            if not separator:
+                parser.error(f"model-kwargs: expected key=value, got {value!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
