@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2 as transforms
 
 from .errors import InputError, check_choice, check_count
@@ -46,13 +48,16 @@ def load_data(
         name: `digits` (needs no files), `cifar10`, `cifar100`, `svhn`, `tiny-imagenet` (its published layout), or
             `image-folder` (`train/` and `val/` or `test/`, a folder per class).
         data_dir: folder that holds the data set as published.
-        download: let torchvision fetch CIFAR or SVHN into `data_dir` if it is not there.
+        download: let torchvision fetch CIFAR or SVHN into `data_dir` if it is not there; it offers no others.
         image_size: side to which the images of an `image-folder` are resized and cropped, in pixels.
 
     Raises:
-        InputError: unknown name, missing `data_dir`, or the files are not there.
+        InputError: unknown name, missing `data_dir`, the files are not there or damaged, or the download failed. From
+            the data sets themselves, when the image is drawn: it cannot be read.
     """
     check_choice("data", name, LOADERS)
+    if download and name in ("tiny-imagenet", "image-folder"):
+        raise InputError(f"download: torchvision offers no {name}; unpack it yourself and give the folder (--data-dir)")
     if name == "digits":
         return _digits()
     if data_dir is None:
@@ -68,8 +73,20 @@ def load_data(
 def make_loader(
     dataset: Dataset[Any], *, batch_size: int, shuffle: bool = False, seed: int = 0, workers: int = 0
 ) -> DataLoader[Any]:
-    """A `DataLoader` whose order depends on `seed` alone."""
+    """A `DataLoader` whose order depends on `seed` alone.
+
+    So does augmentation for a given number of `workers`, which start from seeds that the loader's generator draws. With
+    none it happens in the process itself and draws from torch's global generator, which `finetune` seeds.
+
+    Args:
+        dataset: yields `(image, label)`.
+        batch_size: the last batch may be smaller.
+        shuffle: in another order each epoch.
+        seed: of order and workers.
+        workers: processes that load images, each on a single thread; they end with the epoch, or with the iterator.
+    """
     check_count("batch_size", batch_size)
+    check_count("workers", workers, low=0)
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, batch_size, shuffle=shuffle, generator=generator, num_workers=workers)
 
@@ -81,6 +98,50 @@ def random_subset(dataset: Dataset[Any], count: int, *, seed: int = 0) -> Datase
         return dataset
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return Subset(dataset, order[:count].tolist())
+
+
+def hold_out(data: ImageData, count: int, *, seed: int = 0) -> tuple[ImageData, Dataset[Any]]:
+    """Split `count` images off the training split, to validate on: `(the rest, the held-out images)`.
+
+    Args:
+        data: stays as it is. In the rest, `train` and `calibration` lack the same images; all else is the same.
+        count: how many, drawn at random; each class in proportion, where the labels are known without reading images.
+        seed: of the draw.
+
+    Returns:
+        The data set without these images, and the images without augmentation.
+
+    Raises:
+        InputError: fewer than one image, or none left to train on.
+    """
+    check_count("count", count)
+    total = len(data.calibration)  # type: ignore[arg-type]
+    if count >= total:
+        raise InputError(f"count: expected fewer than the {total} training images of {data.name}, got {count}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    labels = _labels(data.calibration)
+    if labels is not None:
+        order = order[_spread(labels[order])]
+    held, kept = order[:count].tolist(), order[count:].sort().values.tolist()
+    rest = replace(data, train=Subset(data.train, kept), calibration=Subset(data.calibration, kept))
+    return rest, Subset(data.calibration, held)
+
+
+def _labels(dataset: Dataset[Any]) -> Tensor | None:
+    """All labels, (images,), if the data set has them at hand."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1]
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    return None if labels is None else torch.as_tensor(labels)
+
+
+def _spread(labels: Tensor) -> Tensor:
+    """An order in which every beginning holds the classes in proportion, and each class in the order it had."""
+    position = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        own = (labels == label).nonzero().squeeze(1)
+        position[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
+    return position.argsort(stable=True)
 
 
 # --- the data sets -----------------------------------------------------------------------------------------------
@@ -147,7 +208,9 @@ def _torchvision(
     std: Sequence[float],
     *,
     flip: bool,
+    files: Iterable[tuple[Path, str]],
 ) -> ImageData:
+    """A data set of torchvision's: `make(train, transform)`, which stands in `files`, each with its MD5 sum."""
     try:
         train = make(True, _augmentation(32, flip=flip))
         names = getattr(train, "classes", [str(digit) for digit in range(num_classes)])  # SVHN's are digits
@@ -162,22 +225,39 @@ def _torchvision(
             make(False, _TO_TENSOR),
             tuple(names),
         )
-    except RuntimeError as error:
-        raise InputError(f"data_dir: found no usable {name} ({error})") from error
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"data_dir: {_what_is_wrong(name, list(files), error)}") from error
+
+
+def _what_is_wrong(name: str, files: Sequence[tuple[Path, str]], error: Exception) -> str:
+    """Why torchvision could not read or fetch these files, and what to do."""
+    if isinstance(error, OSError):
+        return f"could not fetch or read {name} ({error}); try again, or put the published files there yourself"
+    damaged = next((path for path, checksum in files if path.is_file() and not check_integrity(path, checksum)), None)
+    if damaged is not None:
+        return f"{damaged} is damaged, perhaps by an interrupted download; delete it and fetch it again (--download)"
+    missing = next((path for path, _ in files if not path.is_file()), None)
+    return f"found no {name}: {missing} is missing; give the folder that holds it, or fetch it (--download)"
+
+
+def _cifar(
+    name: str, kind: type[datasets.CIFAR10], root: Path, download: bool, mean: Sequence[float], std: Sequence[float]
+) -> ImageData:
+    def make(train: bool, transform: Transform) -> Dataset[Any]:
+        return kind(root, train=train, transform=transform, download=download)
+
+    folder = root / kind.base_folder
+    listed = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    files = [*((folder / name, checksum) for name, checksum in listed), (root / kind.filename, kind.tgz_md5)]
+    return _torchvision(name, make, int(name.removeprefix("cifar")), mean, std, flip=True, files=files)
 
 
 def _cifar10(root: Path, download: bool) -> ImageData:
-    def make(train: bool, transform: Transform) -> Dataset[Any]:
-        return datasets.CIFAR10(root, train=train, transform=transform, download=download)
-
-    return _torchvision("cifar10", make, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), flip=True)
+    return _cifar("cifar10", datasets.CIFAR10, root, download, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def _cifar100(root: Path, download: bool) -> ImageData:
-    def make(train: bool, transform: Transform) -> Dataset[Any]:
-        return datasets.CIFAR100(root, train=train, transform=transform, download=download)
-
-    return _torchvision("cifar100", make, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), flip=True)
+    return _cifar("cifar100", datasets.CIFAR100, root, download, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
 def _svhn(root: Path, download: bool) -> ImageData:
@@ -185,7 +265,30 @@ def _svhn(root: Path, download: bool) -> ImageData:
         split = "train" if train else "test"
         return datasets.SVHN(str(root), split=split, transform=transform, download=download)
 
-    return _torchvision("svhn", make, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), flip=False)
+    files = [(root / name, checksum) for _, name, checksum in map(datasets.SVHN.split_list.get, ("train", "test"))]
+    mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+    return _torchvision("svhn", make, 10, mean, std, flip=False, files=files)
+
+
+class UnreadableImageError(InputError):
+    """An image file is damaged or missing.
+
+    From a worker process torch sends the traceback as text, with the message at its end, and makes the error anew from
+    that: only the message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+def _read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, whatever its own mode."""
+    try:
+        return datasets.folder.pil_loader(str(path))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(
+            f"data: cannot read the image {path} ({error}); put a good copy in its place, as published, or delete it"
+        ) from error
 
 
 class _ImageFiles(Dataset[Any]):
@@ -193,13 +296,14 @@ class _ImageFiles(Dataset[Any]):
 
     def __init__(self, files: Sequence[tuple[Path, int]], transform: Transform) -> None:
         self.files, self.transform = list(files), transform
+        self.targets = [label for _, label in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        return self.transform(datasets.folder.default_loader(str(path))), label
+        return self.transform(_read_image(path)), label
 
 
 def _tiny_imagenet(root: Path, download: bool) -> ImageData:
@@ -243,7 +347,7 @@ def _image_folder(root: Path, size: int) -> ImageData:
     )
     try:
         train, calibration, test = (
-            datasets.ImageFolder(str(folder), transform)
+            datasets.ImageFolder(str(folder), transform, loader=_read_image)
             for folder, transform in ((root / "train", random), (root / "train", centre), (held_out, centre))
         )
     except FileNotFoundError as error:
