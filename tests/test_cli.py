@@ -16,6 +16,7 @@ import tp_mrs
 from tp_mrs import cli
 
 Capture = pytest.CaptureFixture[str]
+TUNE = ["--epochs", "0.05", "--test-images", "20", "--attacks", "fgsm", "--quiet"]
 QUICK = ["--dense-epochs", "0.05", "--calibration-images", "32", "--test-images", "20", "--attacks", "fgsm", "--quiet"]
 
 
@@ -87,6 +88,102 @@ def test_a_plain_state_dict_as_checkpoint(tmp_path: Path, capsys: Capture) -> No
     assert "the architecture's is" in error
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    """A small model for digits as `tp_mrs.save` writes it."""
+    model = tp_mrs.create_model("resnet18", num_classes=10, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
+    return str(tp_mrs.save(tp_mrs.normalize(model, [0.3], [0.3]), tmp_path / "saved.safetensors"))
+
+
+def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert run("finetune", *TUNE, "--checkpoint", saved, "--accumulate", "2", "--out", str(out)) == 0
+    screen = capsys.readouterr().out
+    for word in ("before", "after", "clean", "fgsm", "Change", "model.safetensors", "finetuning.json"):
+        assert word in screen
+    assert sorted(path.name for path in out.iterdir()) == ["finetuning.json", "model.safetensors"]
+    record = json.loads((out / "finetuning.json").read_text())
+    assert record["settings"]["accumulate"] == 2
+    assert record["settings"]["attack"].startswith("PGD")
+    assert record["arguments"]["checkpoint"] == saved
+    assert record["history"][0]["images"] == 64
+    assert record["before"]["checksum"] == record["after"]["checksum"]
+    assert "torch" in record["versions"]
+    before, after = tp_mrs.load(saved), tp_mrs.load(out / "model.safetensors")
+    assert after.class_names == list("0123456789")
+    pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+    assert all(old.shape == new.shape for old, new in pairs)
+    assert any(not torch.equal(old, new) for old, new in pairs)
+
+
+def test_finetune_a_plain_state_dict_with_a_teacher(saved: str, tmp_path: Path, capsys: Capture) -> None:
+    model = tp_mrs.create_model("resnet10t", num_classes=10, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    options = ["--model", "resnet10t", "--model-kwargs", "channels=8,8,8,8"]
+    options += ["--checkpoint", str(tmp_path / "plain.safetensors"), "--objective", "rslad-awp", "--teacher", saved]
+    assert run("finetune", *TUNE, *options, "--out", str(tmp_path / "out"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["objective"].startswith("awp(rslad(")
+    assert tp_mrs.load(tmp_path / "out" / "model.safetensors").tp_mrs_recipe["architecture"] == "resnet10t"
+
+
+def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def stops(model: Any, data: Any, **training: Any) -> None:
+        given.clear()
+        given.update(training, train_images=len(data.dataset))
+        raise tp_mrs.InputError("enough")
+
+    monkeypatch.setattr(cli, "check_training", stops)
+    options = ["--validation-images", "100", "--patience", "3", "--ema", "0.99"]
+    assert run("finetune", *TUNE, "--checkpoint", saved, *options, "--out", str(tmp_path / "out")) == 2
+    assert (given["patience"], given["ema"], given["train_images"]) == (3, 0.99, 1197)
+    assert len(given["validation_data"].dataset) == 100
+    assert run("finetune", *TUNE, "--checkpoint", saved, "--out", str(tmp_path / "out")) == 2
+    assert given["train_images"] == 1297
+    assert not {"patience", "ema", "validation_data", "accumulate"} & set(given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoint: give the model to fine-tune, --checkpoint FILE.safetensors"),
+        (["--checkpoint", "SAVED", "--objective", "ard"], "teacher: ard needs a robust model to learn from; give"),
+        (["--checkpoint", "SAVED", "--teacher", "SAVED"], "teacher: pgd learns from labels; for a teacher take"),
+        (["--checkpoint", "FOUR"], "four.safetensors has 4 classes, but digits has 10; give a model made for this"),
+        (["--checkpoint", "SAVED", "--objective", "ard", "--teacher", "FOUR"], "teacher: the model in"),
+        (["--checkpoint", "SAVED", "--accumulate", "0"], "accumulate: expected an integer >= 1"),
+        (["--checkpoint", "SAVED", "--epochs", "0"], "epochs: expected a number > 0"),
+        (["--checkpoint", "SAVED", "--validation-images", "1297"], "validation_images: expected fewer than the 1297"),
+        (["--checkpoint", "OUT/model.safetensors"], "out: the results would replace the checkpoint"),
+    ],
+)
+def test_finetune_refuses_before_it_trains(
+    arguments: list[str], message: str, saved: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "evaluate", lambda *_, **__: pytest.fail("evaluated before checking"))
+    four = tp_mrs.create_model("resnet18", num_classes=4, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
+    tp_mrs.save(four, tmp_path / "four.safetensors")
+    names = {"SAVED": saved, "FOUR": str(tmp_path / "four.safetensors"), "OUT": str(tmp_path / "out")}
+    for name, path in names.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert run("finetune", *TUNE, *arguments, "--out", str(tmp_path / "out")) == 2
+    assert message in (error := capsys.readouterr().err)
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_model_of_other_classes_is_not_evaluated(tmp_path: Path, capsys: Capture) -> None:
+    model = tp_mrs.create_model("resnet18", num_classes=4, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
+    tp_mrs.save(model, tmp_path / "four.safetensors")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    assert run("evaluate", *QUICK, "--checkpoint", str(tmp_path / "four.safetensors")) == 2
+    assert "has 4 classes, but digits has 10" in capsys.readouterr().err
+    options = ["--model", "resnet18", "--model-kwargs", "channels=8,8,8,8"]
+    assert run("evaluate", *QUICK, *options, "--checkpoint", str(tmp_path / "plain.safetensors")) == 2
+    assert "fc.weight has shape (4, 8), the architecture's is (10, 8)" in capsys.readouterr().err
+
+
 def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert run("sensitivity", *QUICK, "--out", str(tmp_path)) == 0
     assert "Module Robustness Sensitivity on 32 images" in capsys.readouterr().out
@@ -98,7 +195,7 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert set(printed["groups"]) == set(printed["members"])
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["sensitivity"], ["evaluate"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["finetune"], ["sensitivity"], ["evaluate"], ["export"]])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
     assert "usage: tp-mrs" in capsys.readouterr().out

@@ -348,5 +348,5 @@ def test_held_out_images_without_labels_at_hand() -> None:
 
 @pytest.mark.parametrize("count", [0, 1297])
 def test_too_few_or_too_many_held_out(count: int) -> None:
-    with pytest.raises(InputError, match="count: expected"):
+    with pytest.raises(InputError, match="validation_images: expected"):
         hold_out(load_data("digits"), count)

@@ -63,13 +63,20 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tp-mrs {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    common = _common_arguments()
-    prune = _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", common)
+    shared = [_model_and_data(dense=True), _attacks(), _measuring(), _training(), _running()]
+    prune = _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", *shared)
     _prune_arguments(prune)
-    sensitivity = _command(commands, "sensitivity", "measure which layers robustness hangs on", common)
+    finetune = _command(
+        commands,
+        "finetune",
+        "train a saved model against attacks, evaluate and save",
+        *(_model_and_data(dense=False), _attacks(), _training(), _running()),
+    )
+    _finetune_arguments(finetune)
+    sensitivity = _command(commands, "sensitivity", "measure which layers robustness hangs on", *shared)
     sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
-    evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", common)
+    evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
     evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
     _export_arguments(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
     return parser
@@ -82,38 +89,63 @@ def _command(commands: Any, name: str, text: str, *parents: argparse.ArgumentPar
     return command
 
 
-def _common_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    what = parser.add_argument_group("model and data")
-    what.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
-    what.add_argument("--model-kwargs", nargs="*", action=_KeyValues, help="its arguments, e.g. channels=32,64,128,256")
-    what.add_argument("--checkpoint", help="safetensors file: from tp-mrs, or a state dict of the architecture")
-    what.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
-    what.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
-    what.add_argument("--data-dir", help="folder that holds the data set as published")
-    what.add_argument("--download", action="store_true", help="let torchvision fetch it into --data-dir")
-    what.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
-    what.add_argument("--test-images", type=int, help="evaluate on so many test images (all)")
-    how = parser.add_argument_group("attacks and measuring")
-    how.add_argument("--eps", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
-    how.add_argument("--attack", default="pgd-10", help="for measuring sensitivity: any torchattacks name (pgd-10)")
-    how.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating (fgsm pgd-20)")
-    how.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga (first_order)")
-    how.add_argument("--calibration-images", type=int, default=512, help="training images to measure on (512)")
-    train = parser.add_argument_group("training")
-    train.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)}, or with -awp (pgd)")
-    train.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
-    train.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
-    train.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
-    train.add_argument("--batch-size", type=int, help="images a batch (128; digits: 32)")
-    train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training (bf16)")
-    run = parser.add_argument_group("running")
-    run.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
-    run.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    run.add_argument("--quiet", action="store_true", help="no progress")
-    run.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
+def _group(title: str) -> tuple[argparse.ArgumentParser, Any]:
+    """A parent for the commands that share a group of options, and the group."""
+    parent = argparse.ArgumentParser(add_help=False)
+    return parent, parent.add_argument_group(title)
+
+
+def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
+    """With `dense`, for commands that can train a model to start from."""
+    parent, group = _group("model and data")
+    group.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
+    group.add_argument("--model-kwargs", nargs="*", action=_KeyValues, help="its arguments: channels=32,64,128,256 …")
+    group.add_argument("--checkpoint", metavar="FILE", help="safetensors: from tp-mrs, or a state dict of --model")
+    if dense:
+        group.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
+    group.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
+    group.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set as published")
+    group.add_argument("--download", action="store_true", help="fetch CIFAR or SVHN into --data-dir if not there")
+    group.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
+    return parent
+
+
+def _attacks() -> argparse.ArgumentParser:
+    parent, group = _group("attacks and evaluating")
+    group.add_argument("--eps", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
+    group.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating (fgsm pgd-20)")
+    group.add_argument("--test-images", type=int, help="evaluate on so many test images (all)")
+    return parent
+
+
+def _measuring() -> argparse.ArgumentParser:
+    parent, group = _group("measuring")
+    group.add_argument("--attack", default="pgd-10", help="for measuring sensitivity: a torchattacks name (pgd-10)")
+    group.add_argument("--estimator", default="first_order", help="of sensitivity: first_order or pga (first_order)")
+    group.add_argument("--calibration-images", type=int, default=512, help="training images to measure on (512)")
+    return parent
+
+
+def _training() -> argparse.ArgumentParser:
+    parent, group = _group("training")
+    group.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)}, or with -awp (pgd)")
+    group.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
+    group.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
+    group.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
+    group.add_argument("--batch-size", type=int, help="images a batch, in each process (128; digits: 32)")
+    group.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients make one update (1)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training (bf16)")
+    return parent
+
+
+def _running() -> argparse.ArgumentParser:
+    parent, group = _group("running")
+    group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
+    group.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parent
 
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +160,16 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
     group.add_argument("--out", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+
+
+def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--epochs", type=float, help="over the training images (10; digits: 6)")
+    group.add_argument("--teacher", metavar="FILE", help="robust model to learn from, with --objective ard or rslad")
+    group.add_argument("--validation-images", type=int, metavar="N", help="hold out so many training images (none)")
+    group.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without gain on these (never)")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.999 (not)")
+    group.add_argument("--out", default="tp-mrs-finetuned", help="folder for the results (tp-mrs-finetuned)")
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

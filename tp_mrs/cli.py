@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | sensitivity | evaluate | export`."""
+"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export`."""
 
 from __future__ import annotations
 
@@ -7,45 +7,68 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ._version import versions
 from .allocation import single_budget
 from .arguments import fill_in, parser
-from .display import messages, print_evaluations, print_report, save_figure
+from .display import messages, print_change, print_evaluations, print_report, save_figure
 from .errors import DivergenceError, InputError, check_choice, check_count
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
-from .files import check_output_folder
+from .files import check_output_folder, write_json
+from .finetuning import check_training, finetune
 from .importance import BASES
 from .jobs import Job
+from .launch import another_failed, first_to_fail, joined, one_voice
 from .measuring import measure_sensitivity
 from .pipeline import check_options, mrpf
+from .processes import place
 from .storage import load, save
+
+Run: TypeAlias = Callable[[argparse.Namespace, torch.device], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 if training diverged, 2 for unusable input."""
-    arguments = parser().parse_args(argv)
-    with messages(quiet=arguments.quiet):
-        try:
-            if "data" in arguments:
-                fill_in(arguments)
-            COMMANDS[arguments.command](arguments)
-        except InputError as error:
-            print(f"tp-mrs: {error}", file=sys.stderr)
-            return 2
-        except DivergenceError as error:
-            print(f"tp-mrs: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("tp-mrs: stopped", file=sys.stderr)
-            return 130
+    """Run the command line; returns the exit status: 0, 1 if training diverged, 2 for unusable input.
+
+    Under `torchrun` the processes share the work, the first one prints and writes, and the first that fails says why.
+    """
+    try:
+        with one_voice():
+            _run(argv)
+    except InputError as error:
+        return _fail(2, error)
+    except DivergenceError as error:
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        return _fail(130, "stopped")
+    except RuntimeError:
+        if not another_failed():
+            raise
+        return 1
     return 0
 
 
-def _prune(arguments: argparse.Namespace) -> None:
+def _fail(status: int, why: object) -> int:
+    if first_to_fail():
+        print(f"tp-mrs: {why}", file=sys.stderr, flush=True)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    arguments = parser().parse_args(argv)
+    with messages(quiet=arguments.quiet):
+        if "data" in arguments:
+            fill_in(arguments)
+        with joined(getattr(arguments, "device", "cpu")) as device:
+            COMMANDS[arguments.command](arguments, device)
+
+
+def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.macs is None and arguments.params is None and arguments.channels is None:
         arguments.macs = 0.5
     single_budget(macs=arguments.macs, params=arguments.params, channels=arguments.channels)
@@ -57,8 +80,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         min_keep=arguments.min_keep,
         round_to=arguments.round_to,
     )
-    job = Job(arguments)
-    out = check_output_folder(arguments.out)
+    job = Job(arguments, device)
+    out = job.output_folder()
     model = job.model()
     report = mrpf(
         model,
@@ -84,6 +107,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         train_attack=arguments.train_attack,
         **job.training(),
     )
+    if place()[0] > 0:
+        return
     save(model, out / "model.safetensors", class_names=job.data.class_names)
     report.save(out / "report.json")
     save_figure(report.plot(), out / "sensitivity")
@@ -95,8 +120,8 @@ def _prune(arguments: argparse.Namespace) -> None:
     print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
 
 
-def _sensitivity(arguments: argparse.Namespace) -> None:
-    job = Job(arguments)
+def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> None:
+    job = Job(arguments, device)
     out = check_output_folder(arguments.out) if arguments.out else None
     sensitivity = measure_sensitivity(
         job.model(),
@@ -108,30 +133,68 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
-    if out is not None:
+    if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
         save_figure(sensitivity.plot(), out / "sensitivity")
     print(json.dumps(sensitivity.to_dict()) if arguments.json else sensitivity)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    job = Job(arguments)
-    result = evaluate(
-        job.model(),
-        job.test_loader(),
-        arguments.attacks,
-        eps=job.eps,
-        masking=arguments.masking,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
+def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
+    if not arguments.checkpoint:
+        raise InputError(
+            "checkpoint: give the model to fine-tune, --checkpoint FILE.safetensors: what tp-mrs prune has written, or "
+            "with --model NAME a state dict of any timm model"
+        )
+    job = Job(arguments, device)
+    out = job.output_folder()
+    model, data, training = job.model(), job.train_loader(), job.finetuning()
+    check_training(model, data, **training)
+    before = _assessed(job, model)
+    finetuning = finetune(model, data, **training)
+    after = _assessed(job, model)
+    if place()[0] > 0:
+        return
+    save(model, out / "model.safetensors", class_names=job.data.class_names)
+    record = {
+        "format": "tp_mrs.finetuning/1",
+        "arguments": vars(arguments),
+        **finetuning.to_dict(),
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "versions": versions(),
+    }
+    write_json(out / "finetuning.json", record)
+    if arguments.json:
+        print(json.dumps(record))
+        return
+    print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
+    print_change(before, after)
+    print(f"\nWritten to {out}: model.safetensors, finetuning.json")
+    print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+
+
+def _evaluate(arguments: argparse.Namespace, device: torch.device) -> None:
+    job = Job(arguments, device)
+    result = _assessed(job, job.model(), masking=arguments.masking)
     if arguments.json:
         print(json.dumps(result.to_dict()))
     else:
         print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluation:
+    return evaluate(
+        model,
+        job.test_loader(),
+        job.arguments.attacks,
+        eps=job.eps,
+        masking=masking,
+        seed=job.arguments.seed,
+        progress=not job.arguments.quiet,
+    )
+
+
+def _export(arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.image_size is not None:
         check_count("image_size", arguments.image_size)
     source = Path(arguments.checkpoint)
@@ -157,8 +220,9 @@ def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
     return torch.zeros(1, recipe.get("in_chans", 3), size, size)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Run] = {
     "prune": _prune,
+    "finetune": _finetune,
     "sensitivity": _sensitivity,
     "evaluate": _evaluate,
     "export": _export,

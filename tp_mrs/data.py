@@ -100,12 +100,13 @@ def random_subset(dataset: Dataset[Any], count: int, *, seed: int = 0) -> Datase
     return Subset(dataset, order[:count].tolist())
 
 
-def hold_out(data: ImageData, count: int, *, seed: int = 0) -> tuple[ImageData, Dataset[Any]]:
-    """Split `count` images off the training split, to validate on: `(the rest, the held-out images)`.
+def hold_out(data: ImageData, validation_images: int, *, seed: int = 0) -> tuple[ImageData, Dataset[Any]]:
+    """Split images off the training split, to validate on: `(the rest, the held-out images)`.
 
     Args:
         data: stays as it is. In the rest, `train` and `calibration` lack the same images; all else is the same.
-        count: how many, drawn at random; each class in proportion, where the labels are known without reading images.
+        validation_images: how many, drawn at random; each class in proportion, where labels are known without reading
+            the images.
         seed: of the draw.
 
     Returns:
@@ -114,15 +115,18 @@ def hold_out(data: ImageData, count: int, *, seed: int = 0) -> tuple[ImageData, 
     Raises:
         InputError: fewer than one image, or none left to train on.
     """
-    check_count("count", count)
+    check_count("validation_images", validation_images)
     total = len(data.calibration)  # type: ignore[arg-type]
-    if count >= total:
-        raise InputError(f"count: expected fewer than the {total} training images of {data.name}, got {count}")
+    if validation_images >= total:
+        raise InputError(
+            f"validation_images: expected fewer than the {total} training images of {data.name}, "
+            f"got {validation_images}"
+        )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     labels = _labels(data.calibration)
     if labels is not None:
         order = order[_spread(labels[order])]
-    held, kept = order[:count].tolist(), order[count:].sort().values.tolist()
+    held, kept = order[:validation_images].tolist(), order[validation_images:].sort().values.tolist()
     rest = replace(data, train=Subset(data.train, kept), calibration=Subset(data.calibration, kept))
     return rest, Subset(data.calibration, held)
 

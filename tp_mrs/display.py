@@ -67,6 +67,14 @@ def print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
             print(f"Warning ({name}): {sentence}")
 
 
+def print_change(before: Evaluation, after: Evaluation) -> None:
+    """What became better or worse, with 95% intervals of the difference on the same images."""
+    print("\nChange, with 95% intervals:")
+    width = max(map(len, after.names))
+    for name in after.names:
+        print(f"  {name:<{width}}  {after.difference(before, name)}")
+
+
 def save_figure(figure: Any, stem: Path) -> None:
     for kind in ("png", "svg"):
         buffer = io.BytesIO()

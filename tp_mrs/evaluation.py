@@ -19,6 +19,7 @@ from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
 from .errors import DivergenceError, InputError, check_choice, device_of
 from .masking import Sample, contradictions, failures
+from .processes import failing_together, gather, place
 from .proportions import Difference, Outcomes, paired_difference, wilson
 from .pruning import count
 
@@ -176,29 +177,39 @@ def evaluate(
     Raises:
         InputError: an argument or a batch is unusable.
         DivergenceError: the model or an attack returns NaN or infinity.
+
+    Notes:
+        Where torch.distributed is running, each process attacks its part of the batches, and all get the same result,
+        that of one process; the first one times the model. Every process must be given the same model and all of the
+        same `data`, in the same order.
     """
     eps = parse_eps(eps)
     _check_attacks(attacks, model, eps)
-    hits: dict[str, list[Tensor]] = {}
+    number, processes = place()
+    hits: dict[str, dict[int, Tensor]] = {}
     checksum, sample, example = _Checksum(), Sample(), None
     with borrowed(model, seed=seed), torch.autocast(device_of(model).type, enabled=False):
-        for index, (images, labels) in enumerate(
-            checked_batches(model, data, max_batches=max_batches, description="evaluating", progress=progress)
-        ):
-            if example is None:
-                example = images[:1]
-                perturbs = _bound(attacks, model, eps, num_outputs(model, example))
-            checksum.update(images, labels)
-            if masking:
-                sample.add(images, labels)
-            for name, perturb in perturbs.items():
-                seed_all(seed + index)
-                hits.setdefault(name, []).append(_correct(model, perturb(images, labels), labels, name))
+        with failing_together():
+            for index, (images, labels) in enumerate(
+                checked_batches(model, data, max_batches=max_batches, description="evaluating", progress=progress)
+            ):
+                if example is None:
+                    example = images[:1]
+                    perturbs = _bound(attacks, model, eps, num_outputs(model, example))
+                    hits = {name: {} for name in perturbs}
+                checksum.update(images, labels)
+                if masking:
+                    sample.add(images, labels)
+                if index % processes != number:
+                    continue
+                for name, perturb in perturbs.items():
+                    seed_all(seed + index)
+                    hits[name][index] = _correct(model, perturb(images, labels), labels, name)
         assert example is not None  # noqa: S101 (checked_batches raises where there is no batch)
+        outcomes = _gathered(hits)
         macs, params = count(model, example)
-        milliseconds = measure_latency(model, example) if latency else None
+        milliseconds = gather(measure_latency(model, example) if latency and number == 0 else None)[0]
         failed = failures(model, sample.batches()) if masking else ()
-    outcomes = {name: torch.cat(parts).cpu().numpy() for name, parts in hits.items()}
     named = {attack: outcomes[attack] for attack in attacks if isinstance(attack, str)}
     warnings = (*contradictions(named), *failed)
     for sentence in warnings:
@@ -271,6 +282,16 @@ def _check_classes(attack: Any, num_classes: int | None) -> None:
             f"attack: this {attack.attack} was made for {made_for} classes, but the model has {num_classes}; "
             f"pass n_classes={num_classes}, or its name"
         )
+
+
+def _gathered(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Outcomes]:
+    """What all processes found for each attack, (images,), from each one's number of batch → outcomes."""
+    found = gather({name: {index: hit.cpu().numpy() for index, hit in own.items()} for name, own in hits.items()})
+    outcomes = {}
+    for name in hits:
+        batches = {index: hit for part in found for index, hit in part[name].items()}
+        outcomes[name] = np.concatenate([batches[index] for index in sorted(batches)])
+    return outcomes
 
 
 def _identity(images: Tensor, labels: Tensor) -> Tensor:

@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from .attacks import named_attack, parse_eps
-from .data import ImageData, load_data, make_loader, random_subset
-from .dense import dense_model
-from .errors import InputError, check_choice, check_count, check_device
+from .attacks import AttackFactory, named_attack, parse_eps
+from .batches import num_classes
+from .data import ImageData, hold_out, load_data, make_loader, random_subset
+from .dense import cache_folder, dense_model
+from .errors import InputError, check_choice, check_count
+from .files import check_output_folder
 from .finetuning import check_options
+from .launch import first_one_first
 from .measuring import Estimator
 from .models import create_model, normalize
-from .objectives import resolve
+from .objectives import Objective, ard, awp, resolve, rslad
+from .processes import place
 from .storage import load
 from .tensorfile import read
 
+EVALUATION_BATCH = 250
+DISTILLATION = {"ard": ard, "rslad": rslad}  # objectives that learn from a teacher
+
 
 class Job:
-    """Data, attack and model as the command line describes them; made when first asked for."""
+    """Data, attacks and model as the command line describes them; made when first asked for.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        for name in ("batch_size", "calibration_images", "test_images"):
-            if getattr(arguments, name) is not None:
-                check_count(name, getattr(arguments, name))
-        check_choice("estimator", arguments.estimator, get_args(Estimator))
+    Args:
+        arguments: of a command, without gaps (`fill_in`).
+        device: this process's.
+
+    Raises:
+        InputError: an argument is unusable, or a file.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.arguments, self.device = arguments, device
+        for name, value in self._given("batch_size", "calibration_images", "test_images").items():
+            check_count(name, value)
+        check_choice("estimator", getattr(arguments, "estimator", "first_order"), get_args(Estimator))
         check_options(
-            lr=arguments.lr, optimizer=arguments.optimizer, precision=arguments.precision, seed=arguments.seed
+            lr=arguments.lr,
+            optimizer=arguments.optimizer,
+            precision=arguments.precision,
+            seed=arguments.seed,
+            **self._given("accumulate"),
         )
-        resolve(arguments.objective)
-        self.device = _device(arguments.device)
+        self._check_objective()
         self.eps = parse_eps(arguments.eps)
-        self.data: ImageData = load_data(
-            arguments.data, arguments.data_dir, download=arguments.download, image_size=arguments.image_size
-        )
-        self.attack = named_attack(arguments.attack, eps=self.eps, num_classes=self.data.num_classes)
-        for name in (*arguments.attacks, arguments.train_attack or "none"):
-            named_attack(name, eps=self.eps, num_classes=self.data.num_classes)
+        with first_one_first(needed=arguments.download):
+            self.data: ImageData = load_data(
+                arguments.data, arguments.data_dir, download=arguments.download, image_size=arguments.image_size
+            )
+        self.validation: Dataset[Any] | None = None
+        if self._given("validation_images"):
+            self.data, self.validation = hold_out(self.data, arguments.validation_images, seed=arguments.seed)
+        for name in (*arguments.attacks, *self._given("attack", "train_attack").values()):
+            self._named(name)
+
+    @property
+    def attack(self) -> AttackFactory:
+        """For measuring."""
+        return self._named(self.arguments.attack)
 
     @property
     def example_inputs(self) -> Tensor:
@@ -64,13 +91,13 @@ class Job:
         images = self.data.test
         if self.arguments.test_images is not None:
             images = random_subset(images, self.arguments.test_images, seed=0)
-        return make_loader(images, batch_size=250)
+        return make_loader(images, batch_size=EVALUATION_BATCH)
 
     def model(self) -> nn.Module:
         """From the checkpoint; or trained on the data and kept for the next run."""
         arguments = self.arguments
         if arguments.checkpoint:
-            return self._from_checkpoint()
+            return self._load("checkpoint", arguments.checkpoint)
         if arguments.dense_epochs is None:
             raise InputError(
                 f"checkpoint: needed for {self.data.name}; give --checkpoint FILE.safetensors with robust weights, "
@@ -85,6 +112,7 @@ class Job:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             device=self.device,
+            cache=_dense_cache(),
             progress=not arguments.quiet,
             eps=self.eps,
             attack=arguments.train_attack,
@@ -101,13 +129,78 @@ class Job:
             "lr": arguments.lr,
             "precision": arguments.precision,
             "channels_last": True,
+            **self._given("accumulate"),
         }
 
-    def _from_checkpoint(self) -> nn.Module:
-        """A file of `tp_mrs.save`, or a plain state dict of the architecture."""
-        path = self.arguments.checkpoint
+    def finetuning(self) -> dict[str, Any]:
+        """All arguments of `finetune` that the command of that name has; those that were not given are left out."""
+        arguments = self.arguments
+        training = self.training() | self._given("patience", "ema")
+        if self.validation is not None:
+            training["validation_data"] = make_loader(self.validation, batch_size=EVALUATION_BATCH)
+        return training | {
+            "objective": self._objective(),
+            "attack": arguments.train_attack,
+            "eps": self.eps,
+            "epochs": arguments.epochs,
+            "seed": arguments.seed,
+            "progress": not arguments.quiet,
+        }
+
+    def output_folder(self) -> Path:
+        """The folder for the results, ready to be written in, and not the one that the checkpoint would be lost from.
+
+        Raises:
+            InputError: it cannot be written, or `model.safetensors` in it is what the command reads.
+        """
+        folder = Path(self.arguments.out).expanduser()
+        for name, path in self._given("checkpoint", "teacher").items():
+            if Path(path).resolve() == (folder / "model.safetensors").resolve():
+                raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
+        return check_output_folder(folder)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """Those of the arguments that the command has and that have a value."""
+        values = {name: getattr(self.arguments, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _named(self, attack: str) -> AttackFactory:
+        return named_attack(attack, eps=self.eps, num_classes=self.data.num_classes)
+
+    def _check_objective(self) -> None:
+        """Raise `InputError` unless the objective is known, and has a teacher if it is one that learns from it."""
+        objective, teacher = self.arguments.objective, self._given("teacher")
+        if "teacher" not in self.arguments or objective.removesuffix("-awp") not in DISTILLATION:
+            resolve(objective)
+            if teacher:
+                raise InputError(
+                    f"teacher: {objective} learns from labels; for a teacher take --objective ard or rslad"
+                )
+        elif not teacher:
+            raise InputError(
+                f"teacher: {objective} needs a robust model to learn from; give --teacher FILE.safetensors"
+            )
+
+    def _objective(self) -> str | Objective:
+        """By name, or with its teacher."""
+        name = self.arguments.objective
+        kind = name.removesuffix("-awp")
+        if kind not in DISTILLATION:
+            return str(name)
+        objective = DISTILLATION[kind](self._load("teacher", self.arguments.teacher))
+        return objective if kind == name else awp(objective)
+
+    def _load(self, argument: str, path: str) -> nn.Module:
+        """A file of `tp_mrs.save`, or a plain state dict of the architecture, for the classes of the data."""
         metadata, _ = read(path)
-        return load(path, factory=None if metadata else self._dense, device=self.device)
+        model = load(path, factory=None if metadata else self._dense, device=self.device)
+        classes = num_classes(model, self.example_inputs)
+        if classes != self.data.num_classes:
+            raise InputError(
+                f"{argument}: the model in {path} has {classes} classes, but {self.data.name} has "
+                f"{self.data.num_classes}; give a model made for this data, or its own data (--data)"
+            )
+        return model
 
     def _dense(self) -> nn.Module:
         """The architecture, untrained, for the data."""
@@ -122,7 +215,7 @@ class Job:
         return normalize(model, self.data.mean, self.data.std)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return check_device(name)
+def _dense_cache() -> Path | None:
+    """Where dense models are kept: apart for each number of processes, as all their batches make one update."""
+    count = place()[1]
+    return None if count == 1 else cache_folder() / f"{count}-processes"

@@ -1,0 +1,83 @@
+"""The command line in several processes, which `torchrun` has started: how they join, and which one speaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from .errors import InputError, check_device
+from .processes import place
+
+_FAILURES = "tp_mrs/failures"  # a counter in the store that the processes share
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Send what other processes than the first one print and show to nowhere."""
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 (a log handler may hold it for longer)
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """This process's device; the processes that torchrun has started are joined for the block.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`; for a single process any of torch's.
+
+    Raises:
+        InputError: no such device here, or more processes than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else check_device(device)
+        return
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: each process takes its own; expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda":
+        check_device(device)
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device != "cpu" and 0 < gpus < local:
+        raise InputError(f"device: {gpus} GPUs are too few for {local} processes; start fewer, or give --device cpu")
+    state = PartialState(cpu=device == "cpu")
+    yield state.device
+    state.destroy_process_group()
+
+
+@contextmanager
+def first_one_first(*, needed: bool = True) -> Iterator[None]:
+    """If `needed`, let the other processes wait until the first one has been through the block."""
+    waiting = needed and place()[1] > 1
+    if waiting and place()[0] > 0:
+        dist.barrier()
+    yield
+    if waiting and place()[0] == 0:
+        dist.barrier()
+
+
+def first_to_fail() -> bool:
+    """Whether to say why this process fails: not if another one has said so.
+
+    Before the processes have joined, all fail alike, and the first one speaks.
+    """
+    if place()[1] == 1:
+        return os.environ.get("RANK", "0") == "0"
+    return _failures(1) == 1
+
+
+def another_failed() -> bool:
+    """Whether it was another process's failure that a broken connection tells of."""
+    return place()[1] > 1 and _failures(0) > 0
+
+
+def _failures(more: int) -> int:
+    """How many processes have failed, after adding some."""
+    return int(dist.distributed_c10d._get_default_store().add(_FAILURES, more))
