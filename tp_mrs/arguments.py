@@ -63,30 +63,40 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tp-mrs {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    shared = [_model_and_data(dense=True), _attacks(), _measuring(), _training(), _running()]
-    prune = _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", *shared)
-    _prune_arguments(prune)
-    finetune = _command(
-        commands,
-        "finetune",
-        "train a saved model against attacks, evaluate and save",
-        *(_model_and_data(dense=False), _attacks(), _training(), _running()),
-    )
-    _finetune_arguments(finetune)
+    training = [_attacks(), _training(), _running()]
+    shared = [_model_and_data(dense=True), _measuring(), *training]
+    _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", _pruning(), *shared)
+    own = [_finetuning(), _model_and_data(dense=False), *training]
+    _command(commands, "finetune", "train a saved model against attacks, evaluate and save", *own)
     sensitivity = _command(commands, "sensitivity", "measure which layers robustness hangs on", *shared)
-    sensitivity.add_argument("--out", help="folder for sensitivity.json and its plot")
+    sensitivity.add_argument("--out", metavar="DIR", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
     evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
     evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
-    _export_arguments(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
+    _exporting(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
     return parser
 
 
 def _command(commands: Any, name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=parents
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        parents=parents,
+        formatter_class=_Help,
+        usage=f"tp-mrs {name} [options]" + (" MODEL" if name == "export" else ""),
     )
     return command
+
+
+class _Help(argparse.HelpFormatter):
+    """Short names for the options' values: `N` for a whole number, `X` for another one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=27)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "NAME")  # type: ignore[call-overload,no-any-return]
 
 
 def _group(title: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -95,12 +105,44 @@ def _group(title: str) -> tuple[argparse.ArgumentParser, Any]:
     return parent, parent.add_argument_group(title)
 
 
+def _pruning() -> argparse.ArgumentParser:
+    parent, group = _group("pruning and fine-tuning")
+    group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5)")
+    group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
+    group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
+    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
+    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
+    group.add_argument("--base", default="taylor", help=f"picks channels in a group: {', '.join(BASES)} (taylor)")
+    group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
+    group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
+    group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
+    group.add_argument("--out", metavar="DIR", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+    return parent
+
+
+def _finetuning() -> argparse.ArgumentParser:
+    parent, group = _group("fine-tuning")
+    group.add_argument("--epochs", type=float, help="over the training images (10; digits: 6)")
+    group.add_argument("--teacher", metavar="FILE", help="robust model to learn from, with --objective ard or rslad")
+    group.add_argument("--validation-images", type=int, metavar="N", help="hold out so many training images (none)")
+    group.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without gain on these (never)")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.999 (not)")
+    group.add_argument(
+        "--out", metavar="DIR", default="tp-mrs-finetuned", help="folder for the results (tp-mrs-finetuned)"
+    )
+    return parent
+
+
 def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
     """With `dense`, for commands that can train a model to start from."""
     parent, group = _group("model and data")
     group.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
-    group.add_argument("--model-kwargs", nargs="*", action=_KeyValues, help="its arguments: channels=32,64,128,256 …")
-    group.add_argument("--checkpoint", metavar="FILE", help="safetensors: from tp-mrs, or a state dict of --model")
+    group.add_argument(
+        "--model-kwargs", metavar="K=V", nargs="*", action=_KeyValues, help="its arguments: channels=32,64,128,256 …"
+    )
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="safetensors: what tp-mrs wrote, or a state dict of --model"
+    )
     if dense:
         group.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
     group.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
@@ -112,7 +154,7 @@ def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
 
 def _attacks() -> argparse.ArgumentParser:
     parent, group = _group("attacks and evaluating")
-    group.add_argument("--eps", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
+    group.add_argument("--eps", metavar="X", help="perturbation size in [0, 1] (8/255; digits: 0.1)")
     group.add_argument("--attacks", nargs="+", default=["fgsm", "pgd-20"], help="for evaluating (fgsm pgd-20)")
     group.add_argument("--test-images", type=int, help="evaluate on so many test images (all)")
     return parent
@@ -148,31 +190,7 @@ def _running() -> argparse.ArgumentParser:
     return parent
 
 
-def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pruning and fine-tuning")
-    group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5)")
-    group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
-    group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
-    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
-    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
-    group.add_argument("--base", default="taylor", help=f"picks channels in a group: {', '.join(BASES)} (taylor)")
-    group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
-    group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
-    group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
-    group.add_argument("--out", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
-
-
-def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--epochs", type=float, help="over the training images (10; digits: 6)")
-    group.add_argument("--teacher", metavar="FILE", help="robust model to learn from, with --objective ard or rslad")
-    group.add_argument("--validation-images", type=int, metavar="N", help="hold out so many training images (none)")
-    group.add_argument("--patience", type=int, metavar="N", help="stop after N epochs without gain on these (never)")
-    group.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.999 (not)")
-    group.add_argument("--out", default="tp-mrs-finetuned", help="folder for the results (tp-mrs-finetuned)")
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
+def _exporting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", help="safetensors file from tp-mrs prune or tp_mrs.save")
     parser.add_argument("--format", help=f"{' or '.join(FORMATS)} (what --out ends in, else onnx)")
     parser.add_argument("--out", help="the file to write (beside MODEL, with the format's ending)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -192,9 +193,11 @@ class Job:
 
     def _load(self, argument: str, path: str) -> nn.Module:
         """A file of `tp_mrs.save`, or a plain state dict of the architecture, for the classes of the data."""
-        metadata, _ = read(path)
-        model = load(path, factory=None if metadata else self._dense, device=self.device)
-        classes = num_classes(model, self.example_inputs)
+        metadata, tensors = read(path)
+        classes = None if metadata else _classes_in(tensors, self._dense())
+        if classes in (None, self.data.num_classes):
+            model = load(path, factory=None if metadata else self._dense, device=self.device)
+            classes = num_classes(model, self.example_inputs)
         if classes != self.data.num_classes:
             raise InputError(
                 f"{argument}: the model in {path} has {classes} classes, but {self.data.name} has "
@@ -213,6 +216,14 @@ class Job:
             **self.arguments.model_kwargs,
         )
         return normalize(model, self.data.mean, self.data.std)
+
+
+def _classes_in(tensors: Mapping[str, Tensor], architecture: Any) -> int | None:
+    """How many classes a state dict is for, by the size of the architecture's classifier; None if that is not there."""
+    classifier = architecture.get_classifier()
+    name = next((name for name, module in architecture.named_modules() if module is classifier), None)
+    weight = tensors.get(f"{name}.weight")
+    return None if weight is None else len(weight)
 
 
 def _dense_cache() -> Path | None:
