@@ -123,7 +123,8 @@ def test_finetune_a_plain_state_dict_with_a_teacher(saved: str, tmp_path: Path, 
     options += ["--checkpoint", str(tmp_path / "plain.safetensors"), "--objective", "rslad-awp", "--teacher", saved]
     assert run("finetune", *TUNE, *options, "--out", str(tmp_path / "out"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["settings"]["objective"].startswith("awp(rslad(")
-    assert tp_mrs.load(tmp_path / "out" / "model.safetensors").tp_mrs_recipe["architecture"] == "resnet10t"
+    tuned: Any = tp_mrs.load(tmp_path / "out" / "model.safetensors")
+    assert tuned.tp_mrs_recipe["architecture"] == "resnet10t"
 
 
 def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=27)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, "NAME")  # type: ignore[call-overload,no-any-return]
+        return "N" if action.type is int else "X" if action.type is float else "NAME"
 
 
 def _group(title: str) -> tuple[argparse.ArgumentParser, Any]:
