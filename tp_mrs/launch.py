@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -16,14 +17,20 @@ from .processes import place
 _FAILURES = "tp_mrs/failures"  # a counter in the store that the processes share
 
 
+class _Nowhere(io.TextIOBase):
+    """Takes all that is written; a log handler may hold it for as long as it likes."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 @contextmanager
 def one_voice() -> Iterator[None]:
     """Send what other processes than the first one print and show to nowhere."""
     with ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":
-            nowhere = open(os.devnull, "w")  # noqa: SIM115 (a log handler may hold it for longer)
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
+            stack.enter_context(redirect_stdout(_Nowhere()))
+            stack.enter_context(redirect_stderr(_Nowhere()))
         yield
 
 
