@@ -204,7 +204,7 @@ def evaluate(
                     continue
                 for name, perturb in perturbs.items():
                     seed_all(seed + index)
-                    hits[name][index] = _correct(model, perturb(images, labels), labels, name)
+                    hits[name][index] = correct(model, perturb(images, labels), labels, name)
         assert example is not None  # noqa: S101 (checked_batches raises where there is no batch)
         outcomes = _gathered(hits)
         macs, params = count(model, example)
@@ -299,7 +299,7 @@ def _identity(images: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _correct(model: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tensor:
+def correct(model: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tensor:
     """Whether each image is classified correctly; (N,)."""
     logits = model(images)
     if not bool(torch.isfinite(logits).all()):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,22 @@ def read_json(path: str | Path, format: str) -> dict[str, Any]:
     return dict(content)
 
 
-def check_output_folder(path: str | Path) -> Path:
-    """Create the folder `path` if need be and make sure that files can be written in it."""
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what `write_bytes(path, …)` left beside it when it was killed, an hour ago or more."""
+    target = Path(path)
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
+def check_output_folder(path: str | Path, *, name: str = "out") -> Path:
+    """Create the folder `path` if need be and make sure that files can be written in it; `name` is the argument's."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"out: cannot write to {folder} ({error.strerror}); choose a writable folder") from error
+        raise InputError(f"{name}: cannot write to {folder} ({error.strerror}); choose a writable folder") from error
     return folder

@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass
-from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from timm.optim import list_optimizers
+from torch import nn
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
-from .batches import num_classes, pairs
 from .borrowing import preserved_flags, preserved_rng
-from .errors import (
-    DivergenceError,
-    InputError,
-    check_batch,
-    check_choice,
-    check_count,
-    check_number,
-    device_of,
-)
-from .numerics import Precision, autocast, check_precision, in_channels_last
-from .objectives import Objective, Recipe, check_loss, name_of, resolve
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one pass over the data, or the last part of one, came to."""
-
-    epoch: int
-    images: int
-    loss: float
-    learning_rate: float
+from .checkpoints import Checkpoint
+from .epochlog import EpochLog
+from .errors import DivergenceError, InputError, check_choice, check_count, check_number, device_of
+from .numerics import Precision, check_precision, in_channels_last
+from .objectives import Objective, Recipe, name_of, resolve
+from .passes import Passes, epoch_length
+from .processes import join, place
+from .randomness import generators, set_generator_states
+from .storage import put_tensors
+from .training import Epoch, Training, epochs_of, moving_average
+from .updates import Update, make_optimizer, make_scheduler, training_mode, unmarked
+from .validation import Validation
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """The record of a fine-tuning run: settings and, per epoch, the mean training loss."""
+    """The record of a fine-tuning run: settings and, per epoch, mean training loss and accuracy, if measured."""
 
     settings: dict[str, Any]
     history: tuple[Epoch, ...]
@@ -59,8 +42,19 @@ class Finetuning:
         """Training images seen, each as often as it came."""
         return sum(epoch.images for epoch in self.history)
 
+    @property
+    def best(self) -> Epoch | None:
+        """The first of the epochs with the best robust accuracy, whose weights the model has; None if not measured."""
+        measured = [epoch for epoch in self.history if epoch.robust is not None]
+        return max(measured, key=lambda epoch: epoch.robust or 0.0, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Finetuning:
+        """What `to_dict` gave."""
+        return cls(content["settings"], tuple(epochs_of(content)))
 
 
 def finetune(
@@ -81,6 +75,13 @@ def finetune(
     accumulate: int = 1,
     precision: Precision = "fp32",
     channels_last: bool = False,
+    ema: float | None = None,
+    validation_data: Iterable[Any] | None = None,
+    validation_attack: str | AttackLike = "pgd-10",
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    log: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Finetuning:
@@ -118,63 +119,69 @@ def finetune(
         InputError: an argument or a batch is unusable; nothing was changed if it is an argument.
         DivergenceError: the loss stopped being finite.
     """
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "lr": lr,
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "warmup": warmup,
-        "clip_norm": clip_norm,
-        "accumulate": accumulate,
-        "precision": precision,
-        "channels_last": channels_last,
-        "seed": seed,
-    }
-    batches = _check_length(train_data)
-    _check_trainable(model)
-    check_options(**settings)
-    device, recipe, factory = device_of(model), *_resolve(objective, attack, eps)
-    perturb = bind(factory, model)
-    total = max(1, round(epochs * batches))
-    steps = math.ceil(total / accumulate)
-    settings |= {
-        "objective": name_of(objective),
-        "attack": describe(factory, model),
-        "steps": steps,
-        "device": str(device),
-    }
-    history: list[Epoch] = []
+    given = {name: value for name, value in locals().items() if name not in ("model", "train_data")}
+    join()
+    plan = _Plan.of(model, train_data, given)
+    file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.settings | plan.circumstances(model))
+    saved = None if file is None else file.read()
+    journal = EpochLog(log, None if saved is None else saved["log"])
+    if saved is not None and saved["complete"]:
+        put_tensors(model, saved["model"])
+        set_generator_states(generators(train_data, validation_data), saved["generators"])
+        journal.update(saved["history"])
+        return Finetuning(plan.settings, tuple(epochs_of(saved)))
     with (
         preserved_flags(model),
-        preserved_rng(model, seed),
+        preserved_rng(model, seed + 1_000_003 * place()[0]),
         torch.enable_grad(),
         in_channels_last(model, channels_last),
-        _unmarked(model),
+        unmarked(model),
     ):
-        _training_mode(model)
-        optimiser = _optimizer(model, optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum)
-        update = _Update(model, optimiser, recipe.objective, perturb, clip_norm=clip_norm, precision=precision)
-        scheduler = _scheduler(optimiser, schedule, lr=lr, steps=steps, warmup=warmup)
-        stream = _repeat(update.shard(train_data), total)
-        done = 0
-        with tqdm(
-            total=total, desc="fine-tuning", unit="batch", disable=None if progress else True, leave=False
-        ) as bar:
-            for step, group in enumerate(iter(lambda: list(islice(stream, accumulate)), [])):
-                scheduler.step_update(step)
-                for size, loss in update(group):
-                    epoch, done = done // batches + 1, done + 1
-                    if not math.isfinite(loss):
-                        raise DivergenceError(
-                            f"the loss became {loss} in batch {done} of {total} (epoch {epoch}); "
-                            f"lower lr (now {lr:g}) or set clip_norm"
-                        )
-                    _record(history, Epoch(epoch, size, loss, optimiser.param_groups[0]["lr"]))
-                bar.set_postfix(epoch=epoch, loss=f"{history[-1].loss:.3f}", refresh=False)
-                bar.update(len(group))
-    return Finetuning(settings, tuple(history))
+        training_mode(model)
+        training = plan.training(model)
+        if saved is not None:
+            training.restore(saved)
+        try:
+            _run(training, file, journal, every=checkpoint_every, progress=progress)
+        except DivergenceError as error:
+            if file is None or not file.path.exists():
+                raise
+            raise DivergenceError(f"{error}; {file.path} holds the last good state") from error
+    return Finetuning(plan.settings, tuple(training.history))
+
+
+def _run(training: Training, file: Checkpoint | None, journal: EpochLog, *, every: int, progress: bool) -> None:
+    """Train to the end. The checkpoint is written before the log, which it can mend."""
+    shown = progress and place()[0] == 0
+    with tqdm(
+        total=training.total,
+        initial=training.done,
+        desc="fine-tuning",
+        unit="batch",
+        disable=None if shown else True,
+        leave=False,
+    ) as bar:
+        journal.update([asdict(epoch) for epoch in training.ended])
+        while not training.finished:
+            before = training.done
+            ended = training.advance()
+            if training.finished:
+                training.finish()
+            if file is not None and (ended or training.step % every == 0):
+                training.check_weights()
+                file.write({**training.state(complete=training.finished), "log": journal.origin})
+            if ended:
+                journal.update([asdict(epoch) for epoch in training.ended])
+            bar.set_postfix(_shown(training), refresh=False)
+            bar.update(training.done - before)
+
+
+def _shown(training: Training) -> dict[str, Any]:
+    """What the progress bar says of the last epoch."""
+    last = training.history[-1]
+    measured = next((epoch for epoch in reversed(training.history) if epoch.robust is not None), None)
+    accuracy = {} if measured is None else {"clean": f"{measured.clean:.1%}", "robust": f"{measured.robust:.1%}"}
+    return {"epoch": last.epoch, "loss": f"{last.loss:.3f}", **accuracy}
 
 
 def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any) -> None:
@@ -186,66 +193,88 @@ def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any)
         raise InputError(f"training arguments: {error}; finetune takes {known}") from error
     call.apply_defaults()
     given = call.arguments
-    _check_length(train_data)
-    _check_trainable(model)
-    check_options(**{name: given[name] for name in inspect.signature(check_options).parameters})
-    _, factory = _resolve(given["objective"], given["attack"], given["eps"])
-    bind(factory, model)
+    join()
+    _Plan.of(model, train_data, dict(given))
 
 
-class _Update:
-    """One optimiser step on one batch, through accelerate."""
+@dataclass(frozen=True)
+class _Plan:
+    """The arguments of `finetune`, checked."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        perturb: Perturb,
-        *,
-        clip_norm: float | None,
-        precision: Precision,
-    ) -> None:
-        self.accelerator = Accelerator(device_placement=False)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.objective, self.perturb = objective, perturb
-        self.clip_norm, self.precision = clip_norm, precision
-        self.num_classes: int | None = None
+    data: Iterable[Any]
+    given: dict[str, Any]
+    recipe: Recipe
+    perturb: Perturb
+    validation: Validation | None
+    total: int
+    settings: dict[str, Any]
 
-    def shard(self, data: Iterable[Any]) -> Iterable[Any]:
-        """This process's part of the data."""
-        if self.accelerator.num_processes == 1 or not isinstance(data, DataLoader):
-            return data
-        return self.accelerator.prepare_data_loader(data)
+    @classmethod
+    def of(cls, model: nn.Module, train_data: Iterable[Any], given: dict[str, Any]) -> _Plan:
+        """Raises `InputError` where an argument is unusable; `given` has all but the first two."""
+        batches = epoch_length(train_data)
+        _check_trainable(model)
+        options = {name: given[name] for name in inspect.signature(check_options).parameters}
+        check_options(**options)
+        recipe, factory = _resolve(given["objective"], given["attack"], given["eps"])
+        perturb, validation = bind(factory, model), _validation(model, given)
+        total = max(1, round(given["epochs"] * batches))
+        del options["checkpoint_every"]  # it changes nothing in the result
+        settings = options | {
+            "objective": name_of(given["objective"]),
+            "attack": describe(factory, model),
+            "validation_attack": None if validation is None else repr(validation.attack),
+            "steps": math.ceil(total / given["accumulate"]),
+            "device": str(device_of(model)),
+        }
+        return cls(train_data, given, recipe, perturb, validation, total, settings)
 
-    def __call__(self, batches: list[tuple[Any, Any]]) -> list[tuple[int, float]]:
-        """The size and the loss of each of the batches, whose gradients are averaged over all their images."""
-        checked = [self._check(*batch) for batch in batches]
-        total = sum(len(images) for images, _ in checked)
-        self.optimizer.zero_grad()
-        losses = []
-        for number, (images, labels) in enumerate(checked, start=1):
-            with nullcontext() if number == len(checked) else self.accelerator.no_sync(self.model):
-                loss = self._loss(images, labels)
-                self.accelerator.backward(loss * (len(images) / total))
-            losses.append((len(images), loss.detach()))
-        if self.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        return [(size, float(loss)) for size, loss in losses]
+    def circumstances(self, model: nn.Module) -> dict[str, Any]:
+        """What else decides the result, JSON to be, for a checkpoint to compare."""
+        held_out = self.validation.data if self.validation is not None else None
+        return {
+            "the number of batches": len(self.data),  # type: ignore[arg-type]
+            "the number of validation batches": len(held_out) if isinstance(held_out, Sized) else None,
+            "the number of processes": place()[1],
+            "the number of trainable tensors": sum(parameter.requires_grad for parameter in model.parameters()),
+        }
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with autocast(images.device, self.precision):
-            return check_loss(self.objective(self.model, images, labels, self.perturb))
+    def training(self, model: nn.Module) -> Training:
+        """The run, about to begin; `model` is in training mode."""
+        given = self.given
+        picked = {name: given[name] for name in ("lr", "weight_decay", "momentum")}
+        optimizer = make_optimizer(model, given["optimizer"], **picked)
+        passes = Passes(self.data, seed=given["seed"], device=device_of(model))
+        average = None if given["ema"] is None else moving_average(model, given["ema"])
+        return Training(
+            model,
+            Update(
+                model,
+                optimizer,
+                self.recipe.objective,
+                self.perturb,
+                clip_norm=given["clip_norm"],
+                precision=given["precision"],
+            ),
+            make_scheduler(
+                optimizer, given["schedule"], lr=given["lr"], steps=self.settings["steps"], warmup=given["warmup"]
+            ),
+            passes,
+            total=self.total,
+            accumulate=given["accumulate"],
+            validation=self.validation,
+            patience=given["patience"],
+            average=average,
+        )
 
-    def _check(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
-        """The batch on the model's device, fit for it."""
-        images, labels = check_batch(images, labels)
-        model = self.accelerator.unwrap_model(self.model)
-        images, labels = images.to(device_of(model)), labels.to(device_of(model))
-        if self.num_classes is None:
-            self.num_classes = num_classes(model, images)
-        return check_batch(images, labels, num_classes=self.num_classes)
+
+def _validation(model: nn.Module, given: dict[str, Any]) -> Validation | None:
+    data, attack = given["validation_data"], given["validation_attack"]
+    if data is not None:
+        return Validation(model, data, attack, eps=parse_eps(given["eps"]), seed=given["seed"])
+    if given["patience"] is not None:
+        raise InputError("patience: it needs validation_data, held out from the training split, to tell improvement by")
+    return None
 
 
 def check_options(
@@ -261,6 +290,9 @@ def check_options(
     accumulate: int = 1,
     precision: str = "fp32",
     channels_last: bool = False,
+    ema: float | None = None,
+    patience: int | None = None,
+    checkpoint_every: int = 500,
     seed: int = 0,
 ) -> None:
     """Raise `InputError` unless these arguments of `finetune` are usable."""
@@ -271,7 +303,12 @@ def check_options(
     check_number("warmup", warmup, low=0, high=1)
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, low=0, open_low=True)
+    if ema is not None:
+        check_number("ema", ema, low=0, high=1)
+    if patience is not None:
+        check_count("patience", patience)
     check_count("accumulate", accumulate)
+    check_count("checkpoint_every", checkpoint_every)
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_precision(precision)
     check_choice("optimizer", optimizer, list_optimizers())
@@ -284,14 +321,6 @@ def _check_trainable(model: nn.Module) -> None:
         raise InputError("model: none of its parameters requires a gradient; call model.requires_grad_(True)")
 
 
-def _check_length(train_data: Iterable[Any]) -> int:
-    """The number of batches in an epoch."""
-    if not isinstance(train_data, Sized) or isinstance(train_data, Iterator):
-        raise InputError("train_data: expected a DataLoader or a list of (images, labels) batches, which has a len()")
-    check_count("len(train_data)", len(train_data))
-    return len(train_data)
-
-
 def _resolve(
     objective: str | Objective, attack: str | AttackLike | None, eps: float | str
 ) -> tuple[Recipe, AttackLike]:
@@ -300,72 +329,3 @@ def _resolve(
     if attack is None or isinstance(attack, str):
         return recipe, named_attack(attack or recipe.attack, eps=size)
     return recipe, attack
-
-
-def _optimizer(model: nn.Module, name: str, **arguments: float) -> torch.optim.Optimizer:
-    """Timm's optimiser of that name."""
-    try:
-        return create_optimizer_v2(model, opt=name, **arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer: timm cannot make {name!r} with {arguments}: {error}") from error
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps: int, warmup: float) -> Any:
-    """Timm's schedule, counted in batches."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine" if name == "cosine" else "multistep",
-        decay_milestones=(),
-        num_epochs=steps,
-        warmup_epochs=round(warmup * steps),
-        warmup_lr=lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return scheduler
-
-
-@contextmanager
-def _unmarked(model: nn.Module) -> Iterator[None]:
-    """Take off what accelerate notes on the model, that it has prepared it."""
-    attributes = set(vars(model))
-    try:
-        yield
-    finally:
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
-
-
-def _training_mode(model: nn.Module) -> None:
-    """Training mode, but for norm layers whose parameters are all frozen."""
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters(recurse=False))
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if is_norm and parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-
-
-def _repeat(data: Iterable[Any], steps: int) -> Iterator[Any]:
-    """The first `steps` batches of endless passes over `data`."""
-    done = 0
-    while done < steps:
-        before = done
-        for batch in pairs(data):
-            yield batch
-            done += 1
-            if done == steps:
-                return
-        if done == before:
-            raise InputError("train_data: it yielded no batch")
-
-
-def _record(history: list[Epoch], batch: Epoch) -> None:
-    """Add a batch to the running mean of its epoch."""
-    if not history or history[-1].epoch != batch.epoch:
-        history.append(batch)
-        return
-    last = history[-1]
-    images = last.images + batch.images
-    loss = (last.loss * last.images + batch.loss * batch.images) / images
-    history[-1] = Epoch(batch.epoch, images, loss, batch.learning_rate)

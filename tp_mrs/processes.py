@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -17,6 +18,18 @@ def place() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def join() -> None:
+    """Join the processes that torchrun has started together, unless the script has done so."""
+    PartialState()
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give the tensors of all processes the values that they have in the first one, in place."""
+    if place()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def add_up(tensor: Tensor) -> Tensor:

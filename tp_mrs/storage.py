@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +40,13 @@ def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | Non
     """
     check_module(model)
     names = _check_class_names(model, getattr(model, "class_names", None) if class_names is None else class_names)
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     statistics = normalization(model)
-    modules = list(model.named_modules())
     metadata = {
         "recipe": find_recipe(model),
         "class_names": names,
         "normalize": statistics and {"mean": statistics[0], "std": statistics[1]},
-        "heads": {name: module.num_heads for name, module in modules if _has_heads(module)},
-        "groups": {name: module.groups for name, module in modules if isinstance(module, Conv) and module.groups > 1},
-        "widths": {name: module.normalized_shape[0] for name, module in modules if _is_bare_norm(module)},
+        **untold_sizes(model),
         "versions": versions(),
     }
     return tensorfile.write(path, metadata, tensors)
@@ -93,21 +90,73 @@ def load(
     made = None if factory is None else _made_by(factory)
     with _naming(path):
         model: Any = skeleton(check_recipe(metadata.recipe), tensors=len(tensors)) if made is None else made
-        _check_modules(model, metadata)
-        places = check_fit(model, tensors, groups=metadata.groups, complete=made is None, full=content is None)
-        for name, heads in metadata.heads.items():
-            model.get_submodule(name).num_heads = heads
-        for name, width in metadata.widths.items():
-            model.get_submodule(name).normalized_shape = (width,)
-        fill(places, tensors, groups=metadata.groups)
+        _take_shapes(model, tensors, metadata, complete=made is None, full=content is None)
         if metadata.normalize is not None:
             normalize(model, *metadata.normalize)
-        take_sizes(model)
     if metadata.class_names is not None:
         model.class_names = metadata.class_names
     if made is not None or device.type != "cpu" or dtype is not None:
         model.to(device=device, dtype=dtype)
     return model.eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name; raises `InputError` if some state is no plain tensor with values."""
+    tensors = {name: slot.tensor for name, slot in slots(model).items() if slot.tensor is not None}
+    other = sorted(set(model.state_dict()) - set(tensors))
+    if other:
+        raise InputError(f"model: {other[0]} of its state is no parameter or buffer, and cannot be saved")
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in tensorfile.TYPES.values():
+            what = (
+                "is on the meta device and holds no values" if tensor.is_meta else f"is {tensor.layout} {tensor.dtype}"
+            )
+            raise InputError(f"model: its tensor {name} {what}, and cannot be saved")
+    return tensors
+
+
+def copy_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers, for `put_tensors`."""
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give all parameters and buffers these values, of their own shapes, in place."""
+    with torch.no_grad():
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(tensors[name])
+
+
+def untold_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Sizes by name of module that the shapes of the tensors do not tell, for `take_shapes`."""
+    modules = list(model.named_modules())
+    return {
+        "heads": {name: module.num_heads for name, module in modules if _has_heads(module)},
+        "groups": {name: module.groups for name, module in modules if isinstance(module, Conv) and module.groups > 1},
+        "widths": {name: module.normalized_shape[0] for name, module in modules if _is_bare_norm(module)},
+    }
+
+
+def take_shapes(model: nn.Module, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> None:
+    """Replace the tensors of `model` by copies of `tensors`, as large or smaller; its layers follow.
+
+    Raises:
+        InputError: they don't fit; nothing was changed.
+    """
+    _take_shapes(model, tensors, _Metadata.parse(dict(sizes)), complete=True)
+
+
+def _take_shapes(
+    model: nn.Module, tensors: Mapping[str, Tensor], metadata: _Metadata, *, complete: bool, full: bool = False
+) -> None:
+    _check_modules(model, metadata)
+    places = check_fit(model, tensors, groups=metadata.groups, complete=complete, full=full)
+    for name, heads in metadata.heads.items():
+        model.get_submodule(name).num_heads = heads  # type: ignore[assignment]
+    for name, width in metadata.widths.items():
+        model.get_submodule(name).normalized_shape = (width,)  # type: ignore[assignment]
+    fill(places, tensors, groups=metadata.groups)
+    take_sizes(model)
 
 
 @dataclass(frozen=True)
@@ -188,21 +237,6 @@ def _is_bare_norm(module: Any) -> bool:
 
 def _has_heads(module: object) -> bool:
     return type(getattr(module, "num_heads", None)) is int
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name; raises `InputError` if some state is no plain tensor with values."""
-    tensors = {name: slot.tensor for name, slot in slots(model).items() if slot.tensor is not None}
-    other = sorted(set(model.state_dict()) - set(tensors))
-    if other:
-        raise InputError(f"model: {other[0]} of its state is no parameter or buffer, and cannot be saved")
-    for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in tensorfile.TYPES.values():
-            what = (
-                "is on the meta device and holds no values" if tensor.is_meta else f"is {tensor.layout} {tensor.dtype}"
-            )
-            raise InputError(f"model: its tensor {name} {what}, and cannot be saved")
-    return tensors
 
 
 def _check_class_names(model: nn.Module, names: object) -> list[str] | None:

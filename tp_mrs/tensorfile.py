@@ -44,14 +44,16 @@ TYPES = {  # a safetensors file's names for them
 }
 
 
-def write(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write(
+    path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, format: str = FORMAT
+) -> Path:
     """Write `tensors` and `metadata`, JSON to be, as one file; whole or not at all.
 
     Raises:
         InputError: the metadata is too long or holds NaN, or the file cannot be written.
     """
     try:
-        text = json.dumps({"format": FORMAT, **metadata}, allow_nan=False)
+        text = json.dumps({"format": format, **metadata}, allow_nan=False)
     except ValueError as error:
         raise InputError(f"model: its normalisation or arguments cannot be written down ({error})") from error
     if len(text) > MOST_METADATA:
@@ -61,7 +63,7 @@ def write(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, T
     return write_bytes(path, content.replace(_entry(_BLANK), _entry(checksum(content)), 1))
 
 
-def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+def read(path: str | Path, *, format: str = FORMAT) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """The metadata of ours that a safetensors file has, None if it has none, and its tensors.
 
     The tensors are private views of the file, read when they are used; clone what you keep.
@@ -75,9 +77,9 @@ def read(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     if KEY not in notes:
         return None, tensors
     metadata = parse(notes[KEY], str(path), MOST_METADATA)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != format:
         raise InputError(
-            f"path: {path} has format {str(metadata.get('format'))[:40]!r}, this version reads {FORMAT!r}; "
+            f"path: {path} has format {str(metadata.get('format'))[:40]!r}, this version reads {format!r}; "
             "read it with the version of tp_mrs that its metadata names, or a later one"
         )
     written = notes.get(CHECKSUM, "")

@@ -1,0 +1,140 @@
+"""The state of a run in one file, from which it goes on after a crash as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import tensorfile
+from .errors import InputError
+from .files import check_output_folder, remove_leftovers
+from .processes import failing_together, gather, place
+from .storage import tensors_of
+
+FORMAT = "tp_mrs.checkpoint/1"
+_TENSOR = "tensor"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors file that belongs to one run, told by its settings and the model that it began with.
+
+    All processes read it, the first one writes it, so it must lie on a file system that all of them see.
+    """
+
+    path: Path
+    run: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, path: str | Path, model: nn.Module, settings: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint of a run with these settings, JSON to be, that begins with `model` as it is.
+
+        Raises:
+            InputError: the file's folder cannot be written, or the model holds what a file cannot.
+        """
+        target = Path(path).expanduser()
+        if target.is_dir():
+            raise InputError(f"checkpoint: {target} is a folder, expected a file such as training.safetensors")
+        with failing_together():
+            check_output_folder(target.parent, name="checkpoint")
+            run = json.loads(json.dumps({**settings, **beginning(model)}))
+            if place()[0] == 0:
+                remove_leftovers(target)
+        return cls(target, run)
+
+    def read(self) -> Any:
+        """The state that was written last, None if none was.
+
+        Raises:
+            InputError: the file is damaged, of another run, or no checkpoint.
+        """
+        if not gather(self.path.exists())[0]:
+            return None
+        with failing_together():
+            try:
+                metadata, tensors = tensorfile.read(self.path, format=FORMAT)
+                if metadata is None:
+                    raise InputError("it is no checkpoint")
+                there, state = metadata["run"], metadata["state"]
+            except (InputError, KeyError) as error:
+                raise InputError(
+                    f"checkpoint: {self.path} is unusable ({error}); choose another path, or delete it to start anew"
+                ) from error
+            check_same_run(self.path, there, self.run)
+        return _unpacked(state, tensors)
+
+    def write(self, state: Any) -> None:
+        """Replace the file, whole or not at all, by this state: tensors in dictionaries, lists and plain values.
+
+        Raises:
+            InputError: it cannot be written; what was written before is still there.
+        """
+        with failing_together():
+            if place()[0] == 0:
+                tensors: dict[str, Tensor] = {}
+                packed = _packed(state, "state", tensors)
+                try:
+                    tensorfile.write(self.path, {"run": self.run, "state": packed}, tensors, format=FORMAT)
+                except InputError as error:
+                    raise InputError(
+                        f"checkpoint: {error}; the one written before, if any, is intact: start again to go on from it"
+                    ) from error
+
+
+def beginning(model: nn.Module) -> dict[str, Any]:
+    """The shapes and a checksum of all parameters and buffers, JSON to be."""
+    digest = hashlib.sha256()
+    shapes = {}
+    for name, tensor in sorted(tensors_of(model).items()):
+        shapes[f"the shape of {name}"] = list(tensor.shape)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(_bytes(tensor))
+    return {**shapes, "the checksum of the initial weights": digest.hexdigest()[:16]}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """A tensor's values; through bytes, as NumPy has no bfloat16."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise `InputError`, with the first difference, if a file tells of another run than the one to be started."""
+    for name in {**here, **there}:
+        if name not in there or name not in here or there[name] != here[name]:
+            raise InputError(
+                f"checkpoint: {path} is of another run: {name} is {_short(there, name)} there, {_short(here, name)} "
+                "here; choose another path, or delete it to start anew"
+            )
+
+
+def _short(settings: Mapping[str, Any], name: str) -> str:
+    return f"{settings[name]!r:.100}" if name in settings else "missing"
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` with each tensor moved to `tensors`, under a name that says where it was."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {key: _packed(each, f"{name}.{key}", tensors) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_packed(each, f"{name}.{index}", tensors) for index, each in enumerate(value)]
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict) and set(value) == {_TENSOR} and isinstance(value[_TENSOR], str):
+        return tensors[value[_TENSOR]]
+    if isinstance(value, dict):
+        return {key: _unpacked(each, tensors) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(each, tensors) for each in value]
+    return value

@@ -1,0 +1,69 @@
+"""A log of epochs: JSON, one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import check_output_folder, write_bytes
+from .processes import failing_together, place
+
+
+class EpochLog:
+    """A file to which a run adds its lines, by the first process; those of other runs before stay.
+
+    Args:
+        path: the file; None to keep no log.
+        origin: `origin` of the same run before it was interrupted, None for a new run.
+
+    Raises:
+        InputError: the file cannot be read, or its folder not be written.
+    """
+
+    def __init__(self, path: str | Path | None, origin: Mapping[str, Any] | None = None) -> None:
+        self.path = None if path is None or place()[0] > 0 else Path(path).expanduser().resolve()
+        self._start = 0
+        with failing_together():
+            if self.path is not None:
+                check_output_folder(self.path.parent, name="log")
+                size = len(self._content())
+                known = origin is not None and origin["path"] == str(self.path)
+                self._start = min(origin["start"], size) if origin is not None and known else size
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The file, and the number of bytes in it before this run's lines."""
+        return None if self.path is None else {"path": str(self.path), "start": self._start}
+
+    def update(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Make these records this run's lines: none lost, none twice, none torn, whatever happened before."""
+        with failing_together():
+            if self.path is None:
+                return
+            content = self._content()
+            wanted = content[: self._start] + b"".join(map(_line, records))
+            if not wanted.startswith(content):
+                write_bytes(self.path, wanted)
+            elif wanted != content:
+                self._append(wanted[len(content) :])
+
+    def _append(self, lines: bytes) -> None:
+        assert self.path is not None  # noqa: S101 (update returns where there is none)
+        try:
+            with self.path.open("ab") as file:
+                file.write(lines)
+        except OSError as error:
+            raise InputError(f"log: cannot write {self.path} ({error.strerror}); choose a writable file") from error
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
+        except OSError as error:
+            raise InputError(f"log: cannot read {self.path} ({error.strerror}); choose another file") from error
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()

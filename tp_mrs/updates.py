@@ -1,0 +1,134 @@
+"""One update of the weights: an optimiser, a schedule, and a step by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from .attacks import Perturb
+from .batches import num_classes
+from .errors import InputError, check_batch, device_of
+from .numerics import Precision, autocast
+from .objectives import Objective, check_loss
+from .processes import add_up, gather, place, share
+
+
+class Update:
+    """One optimiser step on one batch, through accelerate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        perturb: Perturb,
+        *,
+        clip_norm: float | None,
+        precision: Precision,
+    ) -> None:
+        self.accelerator = Accelerator(device_placement=False)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.objective, self.perturb = objective, perturb
+        self.clip_norm, self.precision = clip_norm, precision
+        self.num_classes: int | None = None
+
+    def __call__(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[int, float]]:
+        """The number of images and their mean loss in each of the batches, over all processes.
+
+        Gradients are averaged over all images of all batches and processes. The buffers, such as BatchNorm's running
+        statistics, are the first process's afterwards.
+        """
+        sizes = [sum(each) for each in zip(*gather([len(images) for images, _ in batches]), strict=True)]
+        count, total = place()[1], sum(sizes)
+        self.optimizer.zero_grad()
+        losses = []
+        for number, (images, labels) in enumerate(batches, start=1):
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model):
+                loss = self._loss(images, labels)
+                self.accelerator.backward(loss * (len(images) * count / total))
+            losses.append(len(images) * loss.detach().double())
+        if self.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        share(self.model.buffers())
+        return [(size, loss / size) for size, loss in zip(sizes, add_up(torch.stack(losses)).tolist(), strict=True)]
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(images.device, self.precision):
+            return check_loss(self.objective(self.model, images, labels, self.perturb))
+
+    def check(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """The batch on the model's device, fit for it."""
+        images, labels = check_batch(images, labels)
+        model = self.accelerator.unwrap_model(self.model)
+        images, labels = images.to(device_of(model)), labels.to(device_of(model))
+        if self.num_classes is None:
+            self.num_classes = num_classes(model, images)
+        return check_batch(images, labels, num_classes=self.num_classes)
+
+
+def make_optimizer(model: nn.Module, name: str, **arguments: float) -> torch.optim.Optimizer:
+    """Timm's optimiser of that name."""
+    try:
+        return create_optimizer_v2(model, opt=name, **arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer: timm cannot make {name!r} with {arguments}: {error}") from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, name: str, *, lr: float, steps: int, warmup: float) -> Any:
+    """Timm's schedule, counted in batches."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine" if name == "cosine" else "multistep",
+        decay_milestones=(),
+        num_epochs=steps,
+        warmup_epochs=round(warmup * steps),
+        warmup_lr=lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return scheduler
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Let an optimiser go on from its `state_dict()` as JSON left it, each tensor in the layout of its parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        int(index): {key: _like(parameters[int(index)], value) for key, value in entries.items()}
+        for index, entries in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.dim() == 0:
+        return value.clone() if isinstance(value, Tensor) else value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Take off what accelerate notes on the model, that it has prepared it."""
+    attributes = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Training mode, but for norm layers whose parameters are all frozen."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
