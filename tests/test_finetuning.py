@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torchattacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import Batches, small_cnn, unchanged
-from tp_mrs import DivergenceError, InputError, finetune
+from tests.conftest import Batches, Bright, image_batches, small_cnn, unchanged
+from tp_mrs import DivergenceError, InputError, evaluate, finetune
+from tp_mrs.epochlog import EpochLog
 from tp_mrs.objectives import OBJECTIVES, standard
+from tp_mrs.training import Epoch
 
 
 class Slope(nn.Module):
@@ -173,3 +177,155 @@ def test_a_loss_that_is_not_finite_stops_training(batches: Batches) -> None:
     model = small_cnn()
     with unchanged(model, weights=False), pytest.raises(DivergenceError, match=r"batch 1 of 2.*lower lr"):
         finetune(model, batches, objective=explodes)
+
+
+# --- validation, moving average, log -----------------------------------------------------------------------------
+
+
+def bright_batches(count: int = 2) -> Batches:
+    """The class is whether the first pixel is bright, for `Bright`."""
+    batches = image_batches(count, size=8, side=4)
+    return [(images, (images[:, 0, 0, 0] > 0.5).long()) for images, _ in batches]
+
+
+def test_validation_leaves_training_as_it_is(batches: Batches) -> None:
+    start, data = small_cnn().insert(3, nn.Dropout(0.3)), image_batches(2)  # type: ignore[operator]
+    found = []
+    for held_out in (None, DataLoader(TensorDataset(*data[0]), 4, shuffle=True)):
+        model = copy.deepcopy(start)
+        result = finetune(model, batches, epochs=2, attack="pgd-2", validation_data=held_out, validation_attack="fgsm")
+        found.append((result, model))
+    plain, validated = (result for result, _ in found)
+    assert [epoch.loss for epoch in plain.history] == [epoch.loss for epoch in validated.history]
+    assert all(epoch.clean is None and epoch.robust is None for epoch in plain.history)
+    if validated.best == validated.history[-1]:
+        assert all(torch.equal(*pair) for pair in zip(*(m.state_dict().values() for _, m in found), strict=True))
+
+
+def test_the_accuracy_after_each_epoch_is_that_of_evaluate() -> None:
+    model, data = Bright(), bright_batches()
+    result = finetune(model, data, objective="standard", validation_data=data, validation_attack="pgd-3", eps=0.2)
+    expected = evaluate(model, data, ["pgd-3"], eps=0.2, latency=False)
+    assert (result.history[0].clean, result.history[0].robust) == (expected.clean, expected.robust["pgd-3"])
+    assert expected.clean == 1 > expected.robust["pgd-3"] > 0
+    assert json.dumps(result.to_dict())
+
+
+def spoiling(rates: list[float]) -> Any:
+    """An objective that moves the weight of `Slope` by these rates, one an update."""
+    calls = iter(rates)
+    return lambda model, images, labels, attack: -next(calls) * model.weight
+
+
+def slope_data() -> Batches:
+    """Class 0, so that the model is right while its weight is positive."""
+    return [(pixel(0.5), LABEL)]
+
+
+PLAIN: dict[str, Any] = {
+    "optimizer": "momentum",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "warmup": 0.0,
+    "schedule": "constant",
+    "lr": 1.0,
+    "clip_norm": None,
+    "validation_attack": "fgsm",
+}
+
+
+def test_the_model_ends_with_the_weights_of_the_best_epoch() -> None:
+    model = Slope(-1.5)
+    moves = [1.0, 1.0, 1.0, -4.0, 5.0]  # weights -0.5, 0.5, 1.5, -2.5, 2.5
+    result = finetune(model, slope_data(), objective=spoiling(moves), epochs=5, validation_data=slope_data(), **PLAIN)
+    assert [epoch.robust for epoch in result.history] == [0, 1, 1, 0, 1]
+    assert result.best == result.history[1]
+    assert model.weight.item() == 0.5
+
+
+def test_patience_stops_after_epochs_without_improvement() -> None:
+    model = Slope(-1.5)
+    arguments: dict[str, Any] = {"epochs": 9, "patience": 2, "validation_data": slope_data(), **PLAIN}
+    result = finetune(model, slope_data(), objective=spoiling([1.0, 1.0, 1.0, 1.0]), **arguments)
+    assert [epoch.robust for epoch in result.history] == [0, 1, 1, 1]
+    assert model.weight.item() == 0.5
+
+
+def test_the_moving_average_is_validated_and_kept() -> None:
+    model = Slope(0.0)
+    arguments: dict[str, Any] = {"epochs": 3, "ema": 0.75, **PLAIN}
+    finetune(model, slope_data(), objective=spoiling([4.0, 4.0, -32.0]), **arguments)
+    expected = 0.75 * (0.75 * 1 + 0.25 * 8) + 0.25 * -24  # weights 4, 8, -24; averages 1, 2.75, …
+    assert model.weight.item() == pytest.approx(expected)
+    model = Slope(0.0)
+    arguments["validation_data"] = slope_data()
+    result = finetune(model, slope_data(), objective=spoiling([4.0, -4.0, -32.0]), **arguments)
+    assert [epoch.robust for epoch in result.history] == [1, 1, 0]  # averages 1, 0.75, -7.4
+    assert model.weight.item() == 1
+
+
+def test_an_attack_bound_to_the_model_validates_the_average(batches: Batches) -> None:
+    model = small_cnn()
+    attack = torchattacks.FGSM(model)
+    result = finetune(model, batches, objective="standard", ema=0.5, validation_data=batches, validation_attack=attack)
+    assert result.settings["validation_attack"].startswith("FGSM")
+    assert result.best is not None
+
+
+def test_the_log_has_a_line_for_each_epoch_of_each_run(batches: Batches, tmp_path: Path) -> None:
+    log = tmp_path / "epochs.jsonl"
+    log.write_text('{"epoch": 1}')  # torn off before the end of the line
+    runs = [finetune(small_cnn(), batches, objective="standard", epochs=epochs, log=log) for epochs in (2, 1.5)]
+    _, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [Epoch(**line) for line in lines] == [epoch for run in runs for epoch in run.history]
+    assert [(line["epoch"], line["images"], line["clean"]) for line in lines] == [
+        (1, 12, None),
+        (2, 12, None),
+        (1, 12, None),
+        (2, 6, None),
+    ]
+    assert all(line["seconds"] > 0 and line["learning_rate"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("left", "epochs"), [("", [1, 2]), ('{"epoch": 1}\n', [1, 2]), ('{"epo', [1, 2]), ("1\n2\n3\n", [1, 2])]
+)
+def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "epochs.jsonl"
+    path.write_text("earlier\n")
+    origin = EpochLog(path).origin
+    path.write_text("earlier\n" + left)
+    EpochLog(path, origin).update([{"epoch": epoch} for epoch in epochs])
+    assert path.read_text() == 'earlier\n{"epoch": 1}\n{"epoch": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patience": 2}, "patience: it needs validation_data"),
+        ({"patience": 0, "validation_data": slope_data()}, "patience: expected an integer >= 1"),
+        ({"ema": 1.5}, r"ema: expected a number in \[0, 1\]"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected an integer >= 1"),
+        ({"validation_data": iter([])}, "validation_data: expected what can be read again"),
+        ({"validation_data": []}, "validation_data: .*it yielded no batch"),
+        ({"validation_data": [(torch.rand(2, 3, 32, 32) + 1, LABEL)]}, "validation_data: images: expected values"),
+        (
+            {"validation_data": image_batches(1), "validation_attack": "pdg"},
+            "validation_attack: attack: no torchattacks",
+        ),
+        ({"log": "/dev/null/log"}, "log: cannot write to /dev/null"),
+    ],
+)
+def test_bad_arguments_for_validation_and_log(arguments: dict[str, Any], message: str, batches: Batches) -> None:
+    model = small_cnn()
+    with unchanged(model), pytest.raises(InputError, match=message):
+        finetune(model, batches, **arguments)
+
+
+def test_data_that_is_shorter_than_it_says() -> None:
+    class Short(list[Any]):
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(InputError, match=r"train_data: it has a len\(\) of 3, but yielded only 2 batches"):
+        finetune(small_cnn(), Short(image_batches(2)), objective="standard")

@@ -280,7 +280,7 @@ def trained_by(processes: int) -> str:
     model, generator = plain(), torch.Generator().manual_seed(1)
     data = TensorDataset(torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 4)
     loader = DataLoader(data, 8 // processes)
-    finetune(model, loader, objective="trades-awp", attack="fgsm", epochs=1 / processes, accumulate=2)
+    finetune(model, loader, objective="trades-awp", attack="fgsm", accumulate=2)
     return json.dumps([parameter.flatten()[:50].tolist() for parameter in model.parameters()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
+from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import Batches, small_cnn, small_resnet, unchanged
+from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, mrpf
 from tp_mrs.allocation import amount
+from tp_mrs.checkpoints import Checkpoint
 
 EXAMPLE = torch.rand(1, 3, 32, 32)
 
@@ -92,3 +95,87 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, b
     model = small_cnn()
     with unchanged(model), pytest.raises(InputError, match=message):
         mrpf(model, EXAMPLE, batches, **{"attack": torchattacks.FGSM, **arguments})
+
+
+class StopError(Exception):
+    pass
+
+
+def prune(
+    folder: Path | None, monkeypatch: pytest.MonkeyPatch, *, stop: int = 0
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Two rounds from the same start; stops when a file has been written for the so many-th time."""
+    write, written = Checkpoint.write, iter(range(1, 1000))
+
+    def stops(self: Checkpoint, state: Any) -> None:
+        write(self, state)
+        if next(written) == stop:
+            raise StopError
+
+    torch.manual_seed(0)
+    model = small_cnn()
+    images, labels = (torch.cat(part) for part in zip(*image_batches(4, size=3, side=12), strict=True))
+    data = DataLoader(TensorDataset(images, labels), 3, shuffle=True, generator=torch.Generator().manual_seed(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "write", stops)
+        report = mrpf(
+            model,
+            torch.rand(1, 3, 12, 12),
+            data,
+            torchattacks.FGSM(model),
+            macs=0.4,
+            rounds=2,
+            calibration_data=data,
+            test_data=image_batches(1, side=12),
+            attacks=["fgsm"],
+            objective="fgsm",
+            checkpoint=folder,
+            checkpoint_every=2,
+            progress=False,
+        )
+    return report, model.state_dict()
+
+
+def without_times(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: without_times(each) for key, each in content.items() if key not in ("latency_ms", "seconds")}
+    return [without_times(each) for each in content] if isinstance(content, list | tuple) else content
+
+
+def test_an_interrupted_job_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, weights = prune(None, monkeypatch)
+    folder = tmp_path / "job"
+    for stop in (3, 1, 2, 1):  # in the first round, between the rounds, and in the second
+        with pytest.raises(StopError):
+            prune(folder, monkeypatch, stop=stop)
+    for _ in range(2):  # the second time everything is done already
+        report, found = prune(folder, monkeypatch)
+        assert without_times(report.to_dict()) == without_times(expected.to_dict())
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_the_folder_of_another_job(batches: Batches, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"epochs": 0, "checkpoint": tmp_path / "job"}
+    start = small_cnn()
+    mrpf(copy.deepcopy(start), EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **arguments)
+    again = copy.deepcopy(start)
+    differences = {"target is 0.48 there, 0.5 here": {"macs": 0.5}, "lr is missing there, 0.1": {"lr": 0.1}}
+    for message, other in differences.items():
+        with unchanged(again), pytest.raises(InputError, match=f"checkpoint: .*another run: {message}"):
+            mrpf(again, EXAMPLE, batches, torchattacks.FGSM, **{"macs": 0.48, **arguments, **other})
+    (tmp_path / "job" / "job.safetensors").unlink()
+    with unchanged(again), pytest.raises(InputError, match=r"checkpoint: .* holds other files"):
+        mrpf(again, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **arguments)
+
+
+def test_a_bad_batch_loses_no_work(batches: Batches, tmp_path: Path) -> None:
+    bad = [*batches, (batches[0][0] + 1, batches[0][1])]
+    start = small_cnn()
+    arguments: dict[str, Any] = {"macs": 0.48, "calibration_data": batches, "checkpoint": tmp_path / "job"}
+    with pytest.raises(InputError, match="images: expected values in"):
+        mrpf(copy.deepcopy(start), EXAMPLE, bad, torchattacks.FGSM, **arguments)
+    good = [*batches, batches[0]]
+    models = [copy.deepcopy(start) for _ in range(2)]
+    mrpf(models[0], EXAMPLE, good, torchattacks.FGSM, **arguments)
+    mrpf(models[1], EXAMPLE, good, torchattacks.FGSM, **{**arguments, "checkpoint": None})
+    assert torch.equal(*(model.eval()(EXAMPLE) for model in models))

@@ -107,15 +107,15 @@ def _bytes(tensor: Tensor) -> bytes:
 def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise `InputError`, with the first difference, if a file tells of another run than the one to be started."""
     for name in {**here, **there}:
-        if name not in there or name not in here or there[name] != here[name]:
+        texts = [repr(run[name]) if name in run else "missing" for run in (there, here)]
+        if texts[0] != texts[1]:
+            alike = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+            skipped = max(alike - 30, 0)
+            found, expected = (f"{'…' if skipped else ''}{text[skipped : skipped + 80]}" for text in texts)
             raise InputError(
-                f"checkpoint: {path} is of another run: {name} is {_short(there, name)} there, {_short(here, name)} "
-                "here; choose another path, or delete it to start anew"
+                f"checkpoint: {path} is of another run: {name} is {found} there, {expected} here; choose another path, "
+                "or delete it to start anew"
             )
-
-
-def _short(settings: Mapping[str, Any], name: str) -> str:
-    return f"{settings[name]!r:.100}" if name in settings else "missing"
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

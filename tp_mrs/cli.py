@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,6 +106,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         seed=arguments.seed,
         progress=not arguments.quiet,
         train_attack=arguments.train_attack,
+        checkpoint=out / "checkpoint",
         **job.training(),
     )
     if place()[0] > 0:
@@ -112,6 +114,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
     save(model, out / "model.safetensors", class_names=job.data.class_names)
     report.save(out / "report.json")
     save_figure(report.plot(), out / "sensitivity")
+    shutil.rmtree(out / "checkpoint")
     if arguments.json:
         print(json.dumps(report.to_dict()))
         return

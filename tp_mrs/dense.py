@@ -43,6 +43,8 @@ def dense_model(
 ) -> nn.Module:
     """A timm model for `data` that normalises its images itself, trained by `finetune` or read from the cache.
 
+    Training that was interrupted goes on where it stopped, from a checkpoint beside the file in the cache.
+
     Args:
         data: what to train on.
         architecture: a timm name.
@@ -81,6 +83,8 @@ def dense_model(
         )
     normalize(model, data.mean, data.std).to(device)
     loader = make_loader(data.train, batch_size=batch_size, shuffle=True, seed=seed)
-    finetune(model, loader, seed=seed, progress=progress, **training)
+    checkpoint = path.with_suffix(".training.safetensors")
+    finetune(model, loader, seed=seed, progress=progress, checkpoint=checkpoint, **training)
     save(model, path)
+    checkpoint.unlink(missing_ok=True)
     return model.eval()

@@ -44,7 +44,9 @@ class EpochLog:
             if self.path is None:
                 return
             content = self._content()
-            wanted = content[: self._start] + b"".join(map(_line, records))
+            earlier = content[: self._start]
+            end = b"\n" if records and earlier and not earlier.endswith(b"\n") else b""
+            wanted = earlier + end + b"".join(map(_line, records))
             if not wanted.startswith(content):
                 write_bytes(self.path, wanted)
             elif wanted != content:

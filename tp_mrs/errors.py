@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,15 @@ class InputError(ValueError):
 
 class DivergenceError(RuntimeError):
     """A loss, gradient or weight stopped being finite while we worked."""
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Start the message of an `InputError` with another argument's name than that of the part that raises it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from error
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False) -> None:

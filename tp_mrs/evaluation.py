@@ -138,6 +138,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` gave."""
+        return cls(**{**content, "warnings": tuple(content["warnings"])})
+
 
 def evaluate(
     model: nn.Module,

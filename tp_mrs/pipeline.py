@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .measuring import Estimator
 from .pruning import prune_by_ratio
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
+from .stages import Stages, plainly
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +107,7 @@ def mrpf(
     eps: float = 8 / 255,
     train_attack: str | AttackLike | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **training: Any,
 ) -> Report:
@@ -133,11 +136,17 @@ def mrpf(
         eps: perturbation size of the objective's attack and of the named `attacks`.
         train_attack: for fine-tuning, as `finetune`'s `attack`.
         seed: of measuring, fine-tuning and evaluating.
+        checkpoint: a folder in which to keep what each round has made and how far fine-tuning has come; created if need
+            be. Called again with the dense model and the same arguments, after whatever interruption, it goes on from
+            there, and model and report become those of an undisturbed run (bit for bit on a CPU, as for `finetune`;
+            latencies aside, which are measured). Remove the folder when you have saved the result.
         progress: show bars on a terminal.
         **training: further arguments of `finetune`, such as `objective="trades"` or `lr=0.02`.
 
     Raises:
-        InputError: an argument or a batch is unusable, or the budget can't be met.
+        InputError: an argument or a batch is unusable, or the budget can't be met; or `checkpoint` is damaged or of
+            another run. Where an argument is unusable, nothing was changed. Where a batch is, the model may have been
+            pruned already: with `checkpoint`, mend the data and start again from the dense model; no work is lost.
         DivergenceError: a loss is not finite.
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
@@ -146,65 +155,83 @@ def mrpf(
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
     check_training(model, train_data, epochs=epochs or 1, **training)
     images = calibration_data if calibration_data is not None else train_data
-    importance = MRSImportance(
-        model,
-        images,
-        attack,
-        base=base,
-        alpha=0.0,  # ratios are per group here, and the base alone decides within a group
-        epsilon=epsilon,
-        estimator=estimator,
-        steps=steps,
-        max_batches=max_batches,
-        seed=seed,
-        progress=progress,
-    )
+    measuring: dict[str, Any] = {
+        "base": base,
+        "epsilon": epsilon,
+        "estimator": estimator,
+        "steps": steps,
+        "max_batches": max_batches,
+        "seed": seed,
+    }
+
+    def importance() -> MRSImportance:
+        # α = 0: ratios are per group here, and the base alone decides within a group
+        return MRSImportance(model, images, attack, alpha=0.0, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:
         return None if test_data is None else evaluate(model, test_data, attacks, eps=eps, seed=seed, progress=progress)
 
-    before = assess()
-    dense = amount(model, example_inputs, budget)
-    done: list[Round] = []
-    for index in range(rounds):
-        goal = target ** ((index + 1) / rounds)
-        fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
-        sensitivity = importance.sensitivity(example_inputs)
-        ratios = allocate(
-            model,
-            example_inputs,
-            sensitivity,
-            alpha=alpha,
-            min_keep=min_keep,
-            round_to=round_to,
-            **{budget: fraction},
-        )
-        names = {module: name for name, module in model.named_modules()}
-        prune_by_ratio(model, example_inputs, ratios, importance)
-        recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
-        reached = amount(model, example_inputs, budget) / dense
-        logger.info("round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * reached)
-        pruned = assess()
-        record = None
-        if epochs > 0:
-            record = finetune(model, train_data, epochs=epochs, seed=seed + index, **training)
-        named = {names[module]: ratio for module, ratio in ratios.items()}
-        done.append(Round(goal, reached, sensitivity, named, pruned, record))
-    after = assess() if epochs > 0 else done[-1].pruned
+    importance()  # checks its arguments
+    allocating = {"alpha": alpha, "min_keep": min_keep, "round_to": round_to}
     settings = {
         "budget": budget,
         "target": target,
         "rounds": rounds,
-        "alpha": alpha,
-        "min_keep": min_keep,
-        "round_to": round_to,
+        **allocating,
         "base": base if isinstance(base, str) else type(base).__name__,
         "attack": describe(attack, model),
         "epochs": epochs,
         "eps": eps,
         "seed": seed,
     }
-    return Report(before, after, tuple(done), settings)
+    data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
+    harmless = ("progress", "checkpoint_every", "log")
+    decisive = {name: value for name, value in training.items() if name not in harmless}
+    job = plainly({**measuring, "attacks": attacks, **data, **decisive, **settings})
+    stages = Stages(checkpoint, model, job, data.values())
+
+    def prepare() -> dict[str, Any]:
+        return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
+
+    def prune(goal: float, dense: float) -> dict[str, Any]:
+        fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
+        scores = importance()
+        sensitivity = scores.sensitivity(example_inputs)
+        ratios = allocate(model, example_inputs, sensitivity, **allocating, **{budget: fraction})  # type: ignore[arg-type]
+        names = {module: name for name, module in model.named_modules()}
+        prune_by_ratio(model, example_inputs, ratios, scores)
+        recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
+        return {
+            "reached": amount(model, example_inputs, budget) / dense,
+            "sensitivity": sensitivity.to_dict(),
+            "ratios": {names[module]: ratio for module, ratio in ratios.items()},
+            "pruned": _plain(assess()),
+        }
+
+    start = stages.do("dense", prepare)
+    done: list[Round] = []
+    for index in range(rounds):
+        goal = target ** ((index + 1) / rounds)
+        made = stages.do(f"round-{index + 1}-pruned", partial(prune, goal, start["dense"]))
+        logger.info(
+            "round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * made["reached"]
+        )
+        record = None
+        if epochs > 0:
+            file = stages.file(f"round-{index + 1}-training")
+            record = finetune(model, train_data, epochs=epochs, seed=seed + index, checkpoint=file, **training)
+        sensitivity = Sensitivity.from_dict(made["sensitivity"])
+        done.append(Round(goal, made["reached"], sensitivity, made["ratios"], _evaluation(made["pruned"]), record))
+    after = assess() if epochs > 0 else done[-1].pruned
+    return Report(_evaluation(start["before"]), after, tuple(done), settings)
+
+
+def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    return None if evaluation is None else evaluation.to_dict()
+
+
+def _evaluation(content: dict[str, Any] | None) -> Evaluation | None:
+    return None if content is None else Evaluation.from_dict(content)
 
 
 def check_options(*, rounds: int, epochs: float, alpha: float, min_keep: float, round_to: int | None) -> None:

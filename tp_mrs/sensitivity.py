@@ -192,15 +192,19 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
         """Read what `save` wrote. Raises `InputError` if the file holds something else."""
-        content = read_json(path, FORMAT)
-        content = {key: value for key, value in content.items() if key not in ("format", "groups", "typical")}
         try:
-            for key in ("members", "shares"):
-                content[key] = {name: tuple(values) for name, values in content[key].items()}
-            content["blocks"] = tuple(content["blocks"])
-            return cls(**content)
+            return cls.from_dict(read_json(path, FORMAT))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"path: {path} lacks parts of a sensitivity ({error})") from error
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Sensitivity:
+        """What `to_dict` gave."""
+        content = {key: value for key, value in content.items() if key not in ("format", "groups", "typical")}
+        for key in ("members", "shares"):
+            content[key] = {name: tuple(values) for name, values in content[key].items()}
+        content["blocks"] = tuple(content["blocks"])
+        return cls(**content)
 
     def plot(self, ratios: Mapping[str, float] | None = None) -> Figure:
         """A matplotlib figure of the groups' sensitivities, and of the pruning ratios if they are given."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attacks import AttackLike, bind, build, named_attack
 from .batches import checked_batches, num_classes
 from .borrowing import borrowed, seed_all
-from .errors import InputError, device_of
+from .errors import InputError, device_of, naming
 from .evaluation import correct
 from .processes import add_up, failing_together, place
 
@@ -38,12 +38,13 @@ class Validation:
                 "validation_data: expected what can be read again, such as a DataLoader or a list of batches"
             )
         self.model, self.data, self.seed = model, data, seed
-        with borrowed(model):
+        with borrowed(model), naming("validation_data"):
             first, _ = next(checked_batches(model, data, max_batches=1, description="", progress=False))
             classes = num_classes(model, first)
-        made = named_attack(attack, eps=eps, num_classes=classes) if isinstance(attack, str) else attack
-        self.attack = build(made, model)
-        self._perturb = bind(self.attack, model)
+        with naming("validation_attack"):
+            made = named_attack(attack, eps=eps, num_classes=classes) if isinstance(attack, str) else attack
+            self.attack = build(made, model)
+            self._perturb = bind(self.attack, model)
 
     def __call__(self) -> tuple[float, float]:
         """Fractions of the images classified correctly: clean, and attacked."""
