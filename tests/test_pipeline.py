@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
@@ -113,7 +114,10 @@ def prune(
             raise StopError
 
     torch.manual_seed(0)
-    model = small_cnn()
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(192, 4)),
+    )
     images, labels = (torch.cat(part) for part in zip(*image_batches(4, size=3, side=12), strict=True))
     data = DataLoader(TensorDataset(images, labels), 3, shuffle=True, generator=torch.Generator().manual_seed(1))
     with monkeypatch.context() as patched:

@@ -91,6 +91,20 @@ def finetune(
     Parameters with `requires_grad=False` stay as they are, and a BatchNorm with only such parameters keeps its
     running statistics.
 
+    With `checkpoint`, a run that was interrupted at whatever moment goes on where it was when called again with the
+    same arguments and the same initial model, and a finished one is not repeated. On a CPU the final weights are those
+    of an undisturbed run, bit for bit, as long as all that is random is drawn from the generators of Python, NumPy and
+    torch and those of the `DataLoader`. The batches of the current epoch that have been seen are read again and
+    dropped. This holds with workers, too, unless they are persistent: then the order of the images is the same, but
+    not what the workers draw at random. Objectives that are functions are told apart by their names alone, and should
+    keep no state.
+
+    Under `torchrun`, an epoch is one pass over the data by all processes together: each takes its part of the batches,
+    so that N of them have N batches in each update. If N doesn't divide their number, the first batches come again to
+    fill up the last round (as in `DistributedSampler`). Gradients are averaged over the images of all processes.
+    BatchNorm normalises by each process's own images, and its running statistics are the first process's; for those
+    of all images pass `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`. The first process writes the files.
+
     Args:
         model: on the device to train on.
         train_data: sized and re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). A `DataLoader`, or
@@ -112,12 +126,26 @@ def finetune(
         accumulate: batches whose gradients add up to one update, as if they were one batch (but for BatchNorm).
         precision: `"bf16"` runs attack and update under autocast.
         channels_last: train in that memory layout; often faster for convolutions.
+        ema: decay of an exponential moving average of weights and buffers (timm's `ModelEmaV3`), in [0, 1]: after each
+            update it becomes `ema · average + (1 − ema) · weights`. It is validated, and the model ends with it.
+        validation_data: held out from the training split, like `train_data`. After each epoch the accuracy on it is
+            measured in eval mode, clean and under attack, without influence on the training, and the model ends with
+            the weights of the epoch with the best robust accuracy (Rice et al., 2020, arXiv 2002.11569: robust accuracy
+            falls again in long training).
+        validation_attack: for that; a name (of size `eps`), a torchattacks attack on `model`, or a factory.
+        patience: stop after so many epochs without a better robust accuracy; None to go on to the end.
+        checkpoint: a safetensors file to keep the state of the run in, written whole or not at all. Delete it when you
+            have saved the result.
+        checkpoint_every: updates between two checkpoints; there is one after each epoch anyway.
+        log: a file to which a line of JSON is added after each epoch, the fields of `Epoch`. After a crash the lines
+            are as if nothing had happened, if there is a checkpoint.
         seed: of attacks' random starts and dropout.
         progress: show a bar on a terminal.
 
     Raises:
-        InputError: an argument or a batch is unusable; nothing was changed if it is an argument.
-        DivergenceError: the loss stopped being finite.
+        InputError: an argument or a batch is unusable, or the checkpoint is damaged or of another run; nothing was
+            changed if it is an argument. A checkpoint or log cannot be written; the checkpoint before is intact.
+        DivergenceError: the loss or a weight stopped being finite. Such a state is never written to the checkpoint.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "train_data")}
     join()

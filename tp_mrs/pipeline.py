@@ -185,9 +185,9 @@ def mrpf(
         "seed": seed,
     }
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
-    harmless = ("progress", "checkpoint_every", "log")
-    decisive = {name: value for name, value in training.items() if name not in harmless}
-    job = plainly({**measuring, "attacks": attacks, **data, **decisive, **settings})
+    no_matter = ("attack", "progress", "checkpoint_every", "log")
+    decisive = {name: value for name, value in training.items() if name not in no_matter}
+    job = plainly({**decisive, **measuring, **data, "attacks": attacks, "train_attack": train_attack, **settings})
     stages = Stages(checkpoint, model, job, data.values())
 
     def prepare() -> dict[str, Any]:

@@ -61,11 +61,21 @@ class Stages:
         saved = file.read()
         if saved is None:
             result: dict[str, Any] = json.loads(json.dumps(stage()))  # as it will be read
-            states = generator_states(self.generators)
-            sizes = untold_sizes(self.model)
-            file.write({"result": result, "sizes": sizes, "model": tensors_of(self.model), "generators": states})
+            file.write(
+                {
+                    "result": result,
+                    "model": tensors_of(self.model),
+                    "sizes": untold_sizes(self.model),
+                    "frozen": [
+                        name for name, parameter in self.model.named_parameters() if not parameter.requires_grad
+                    ],
+                    "generators": generator_states(self.generators),
+                }
+            )
             return result
         take_shapes(self.model, saved["model"], saved["sizes"])
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(parameter_name not in saved["frozen"])
         set_generator_states(self.generators, saved["generators"])
         return dict(saved["result"])
 
