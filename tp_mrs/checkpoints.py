@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class Checkpoint:
             raise InputError(f"checkpoint: {target} is a folder, expected a file such as training.safetensors")
         with failing_together():
             check_output_folder(target.parent, name="checkpoint")
-            run = json.loads(json.dumps({**settings, **beginning(model)}))
+            text = json.dumps({**settings, **beginning(model)})
+            run = json.loads(re.sub(" at 0x[0-9a-f]+", "", text))  # addresses in names of functions and objects
             if place()[0] == 0:
                 remove_leftovers(target)
         return cls(target, run)

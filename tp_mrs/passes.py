@@ -79,6 +79,10 @@ class Passes:
         if batch is None:
             raise InputError(f"train_data: it has a len() of {self.batches}, but yielded only {self.taken} batches")
         self.taken += 1
+        if (
+            self.taken == self.batches and next(self._iterator, None) is not None
+        ):  # samplers draw once more at their end
+            raise InputError(f"train_data: it has a len() of {self.batches}, but yielded more batches")
         return batch
 
 

@@ -89,5 +89,5 @@ def plainly(value: Any) -> Any:
     if isinstance(value, list | tuple) and not any(isinstance(each, list | tuple) for each in value):
         return [plainly(each) for each in value]
     if callable(value):
-        return name_of(value).partition(" at 0x")[0]
+        return name_of(value)
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, Sized) else type(value).__name__
