@@ -290,3 +290,14 @@ def test_a_state_that_is_not_finite_is_never_written(where: str, tmp_path: Path)
         finetune(model, as_list(), checkpoint=path, **arguments)
     _, tensors = tp_mrs.tensorfile.read(path, format=tp_mrs.checkpoints.FORMAT)
     assert all(bool(torch.isfinite(tensor).all()) for name, tensor in tensors.items() if ".model." in name)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    old, new, other = (tmp_path / name for name in (".run.safetensors.a.part", ".run.safetensors.b.part", ".x.c.part"))
+    for file in (old, new, other):
+        file.write_bytes(b"half")
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    train("list", objective=stopping(0), checkpoint=path)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, new.name, other.name}

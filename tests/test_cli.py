@@ -14,6 +14,7 @@ import torch
 
 import tp_mrs
 from tp_mrs import cli
+from tp_mrs.checkpoints import Checkpoint
 
 Capture = pytest.CaptureFixture[str]
 TUNE = ["--epochs", "0.05", "--test-images", "20", "--attacks", "fgsm", "--quiet"]
@@ -273,3 +274,31 @@ def test_the_default_job_keeps_robustness(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["rounds"][0]["reached"] <= 0.505
     assert report["before"]["robust"]["pgd-20"] > 0.7
     assert report["after"]["robust"]["pgd-20"] >= report["before"]["robust"]["pgd-20"] - 0.03
+
+
+def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    command = ["prune", *QUICK, "--epochs", "0.05", "--json", "--out"]
+    assert run(*command, str(tmp_path / "undisturbed")) == 0
+    (dense,) = (tmp_path / "cache").iterdir()
+    trained = dense.read_bytes()
+    dense.unlink()
+    write, written = Checkpoint.write, iter(range(1, 100))
+
+    def stops(self: Checkpoint, state: Any) -> None:
+        write(self, state)
+        if next(written) in (1, 3, 5):  # after the dense model's training, its evaluation, and fine-tuning
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "write", stops)
+    out = tmp_path / "stopped"
+    for _ in range(3):
+        assert run(*command, str(out)) == 130
+    assert (out / "checkpoint").is_dir()
+    assert run("prune", *QUICK, "--epochs", "0.1", "--out", str(out)) == 2
+    assert "another run" in capsys.readouterr().err
+    assert run(*command, str(out)) == 0
+    assert [path.read_bytes() == trained for path in (tmp_path / "cache").iterdir()] == [True]
+    first, second = (tmp_path / name / "model.safetensors" for name in ("undisturbed", "stopped"))
+    assert first.read_bytes() == second.read_bytes()
+    assert not (out / "checkpoint").exists()

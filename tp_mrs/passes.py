@@ -79,9 +79,8 @@ class Passes:
         if batch is None:
             raise InputError(f"train_data: it has a len() of {self.batches}, but yielded only {self.taken} batches")
         self.taken += 1
-        if (
-            self.taken == self.batches and next(self._iterator, None) is not None
-        ):  # samplers draw once more at their end
+        over = self.taken == self.batches
+        if over and next(self._iterator, None) is not None:  # read to the end, where some samplers draw once more
             raise InputError(f"train_data: it has a len() of {self.batches}, but yielded more batches")
         return batch
 

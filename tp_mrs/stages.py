@@ -66,16 +66,14 @@ class Stages:
                     "result": result,
                     "model": tensors_of(self.model),
                     "sizes": untold_sizes(self.model),
-                    "frozen": [
-                        name for name, parameter in self.model.named_parameters() if not parameter.requires_grad
-                    ],
+                    "frozen": [key for key, each in self.model.named_parameters() if not each.requires_grad],
                     "generators": generator_states(self.generators),
                 }
             )
             return result
         take_shapes(self.model, saved["model"], saved["sizes"])
-        for parameter_name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(parameter_name not in saved["frozen"])
+        for key, parameter in self.model.named_parameters():
+            parameter.requires_grad_(key not in saved["frozen"])
         set_generator_states(self.generators, saved["generators"])
         return dict(saved["result"])
 
