@@ -15,6 +15,7 @@ import torch
 import tp_mrs
 from tp_mrs import cli
 from tp_mrs.checkpoints import Checkpoint
+from tp_mrs.tensorfile import read
 
 Capture = pytest.CaptureFixture[str]
 TUNE = ["--epochs", "0.05", "--test-images", "20", "--attacks", "fgsm", "--quiet"]
@@ -102,7 +103,8 @@ def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, caps
     screen = capsys.readouterr().out
     for word in ("before", "after", "clean", "fgsm", "Change", "model.safetensors", "finetuning.json"):
         assert word in screen
-    assert sorted(path.name for path in out.iterdir()) == ["finetuning.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["finetuning.json", "log.jsonl", "model.safetensors"]
+    assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [1]
     record = json.loads((out / "finetuning.json").read_text())
     assert record["settings"]["accumulate"] == 2
     assert record["settings"]["attack"].startswith("PGD")
@@ -276,12 +278,18 @@ def test_the_default_job_keeps_robustness(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["after"]["robust"]["pgd-20"] >= report["before"]["robust"]["pgd-20"] - 0.03
 
 
+def content_of(path: Path) -> tuple[Any, dict[str, bytes]]:
+    """What a model's file holds; the order of its two metadata is up to chance."""
+    metadata, tensors = read(path)
+    return metadata, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
     command = ["prune", *QUICK, "--epochs", "0.05", "--json", "--out"]
     assert run(*command, str(tmp_path / "undisturbed")) == 0
     (dense,) = (tmp_path / "cache").iterdir()
-    trained = dense.read_bytes()
+    trained = content_of(dense)
     dense.unlink()
     write, written = Checkpoint.write, iter(range(1, 100))
 
@@ -298,7 +306,7 @@ def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert run("prune", *QUICK, "--epochs", "0.1", "--out", str(out)) == 2
     assert "another run" in capsys.readouterr().err
     assert run(*command, str(out)) == 0
-    assert [path.read_bytes() == trained for path in (tmp_path / "cache").iterdir()] == [True]
-    first, second = (tmp_path / name / "model.safetensors" for name in ("undisturbed", "stopped"))
-    assert first.read_bytes() == second.read_bytes()
+    assert [content_of(path) for path in (tmp_path / "cache").iterdir()] == [trained]
+    first, second = (content_of(tmp_path / name / "model.safetensors") for name in ("undisturbed", "stopped"))
+    assert first == second
     assert not (out / "checkpoint").exists()

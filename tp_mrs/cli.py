@@ -153,7 +153,8 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
     model, data, training = job.model(), job.train_loader(), job.finetuning()
     check_training(model, data, **training)
     before = _assessed(job, model)
-    finetuning = finetune(model, data, **training)
+    checkpoint = out / "training.safetensors"
+    finetuning = finetune(model, data, **training, checkpoint=checkpoint, log=out / "log.jsonl")
     after = _assessed(job, model)
     if place()[0] > 0:
         return
@@ -167,12 +168,13 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
         "versions": versions(),
     }
     write_json(out / "finetuning.json", record)
+    checkpoint.unlink()
     if arguments.json:
         print(json.dumps(record))
         return
     print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
     print_change(before, after)
-    print(f"\nWritten to {out}: model.safetensors, finetuning.json")
+    print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
     print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
 
 

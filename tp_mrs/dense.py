@@ -18,6 +18,7 @@ from .data import ImageData, make_loader
 from .files import check_output_folder
 from .finetuning import finetune
 from .models import create_model, normalize
+from .processes import place
 from .storage import load, save
 from .tensorfile import FORMAT
 
@@ -85,6 +86,7 @@ def dense_model(
     loader = make_loader(data.train, batch_size=batch_size, shuffle=True, seed=seed)
     checkpoint = path.with_suffix(".training.safetensors")
     finetune(model, loader, seed=seed, progress=progress, checkpoint=checkpoint, **training)
-    save(model, path)
-    checkpoint.unlink(missing_ok=True)
+    if place()[0] == 0:
+        save(model, path)
+        checkpoint.unlink(missing_ok=True)
     return model.eval()
