@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import re
 import statistics
 import subprocess
@@ -628,36 +629,37 @@ def plot(path: Path) -> None:
     networks, seeds = results("damage"), layer_scores()
     if not networks or not seeds:
         return
-    figure = Figure(figsize=(3.1 * (1 + len(networks)), 3.3), layout="constrained")
-    axes = figure.subplots(1, 1 + len(networks), squeeze=False)[0]
-    styles: dict[str, tuple[str, str]] = {
-        "rift": ("#999999", "v"),
-        "first_order": ("#0072B2", "o"),
-        "pga-5": ("#D55E00", "^"),
-    }
-    for name, (colour, marker) in styles.items():
+    columns = math.ceil((1 + len(networks)) / 2)
+    figure = Figure(figsize=(3.4 * columns, 6.4), layout="constrained")
+    axes = list(figure.subplots(2, columns).flat)
+    for axis in axes[1 + len(networks) :]:
+        axis.remove()
+    estimators = {"rift": ("#999999", "v"), "first_order": ("#0072B2", "o"), "pga-5": ("#D55E00", "^")}
+    for name, (colour, marker) in estimators.items():
         points = [(value, scores[name][layer]) for scores in seeds for layer, value in highest(scores).items()]
         axes[0].loglog(*zip(*points, strict=True), marker, color=colour, label=name, markersize=3.5, alpha=0.8)
     ends = axes[0].get_xlim()
     axes[0].plot(ends, ends, color="black", linewidth=0.7)
-    axes[0].legend(frameon=False, fontsize="small")
     axes[0].set(title="layers, digits", xlabel="highest found by any (nats)", ylabel="estimate (nats)")
-    for axis, run in zip(axes[1:], networks, strict=True):
+    for axis, run in zip(axes[1:], networks, strict=False):
         costs = [statistics.mean(run["costs"]["0.3"][group]["as it was"]) for group in run["members"]]
-        scores = group_scores(run)["typical"]
-        axis.plot(scores, costs, "o", color="#009E73", markersize=4)
-        rank = damage_correlations(run)["typical"]["0.3"]
-        ends = np.log10([min(scores), max(scores)])
+        ranks = damage_correlations(run)
+        for name, (colour, marker) in {"typical": ("#009E73", "o"), "weaker half": ("#CC79A7", "^")}.items():
+            shown = np.array(group_scores(run)[name])
+            shown = (shown / shown.max()).clip(min=1e-5)  # a score may be 0
+            axis.plot(shown, costs, marker, color=colour, markersize=4, label=f"{name}: {ranks[name]['0.3']:.2f}")
         axis.set_xscale("log")
+        axis.set_xlim(10 ** np.floor(np.log10(axis.get_xlim()[0])), 2)
         axis.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
-        axis.set_xlim(10 ** np.floor(ends[0]), 10 ** np.ceil(ends[1]))
         axis.set_yscale("symlog", linthresh=0.01)
-        axis.set(title=f"{run['data']}, {run['network']}: {rank:.2f}", xlabel="typical sensitivity (nats)")
-    axes[1].set_ylabel("robust loss for 30% of a group (nats)", fontsize="small")
-    for axis in axes:
+        axis.set_ylim(min(-0.01, 1.5 * min(costs)), 6 * max(costs))
+        axis.set(title=network_of(run), xlabel="score / largest score", ylabel="robust loss for 30% (nats)")
+    for axis in axes[: 1 + len(networks)]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize("medium")
+        axis.legend(frameon=False, fontsize="small", loc="upper left", handletextpad=0.2)
         axis.grid(alpha=0.25)
+    axes[0].set_ylim(top=100)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
