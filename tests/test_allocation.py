@@ -144,9 +144,24 @@ def test_a_sensitivity_from_before_pruning() -> None:
         allocate(pruned, example, sensitivity, macs=0.5)
 
 
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "sensitivity: expected what measure_sensitivity returns, or a score for each .*, got list"),
+        ({"0": 1.0, "a": 2.0}, r"sensitivity: its groups are not this model's \(missing: 3; unknown: a\)"),
+        ({"0": 1.0, "3": "much"}, r"sensitivity\['3'\]: expected a number >= 0, got nan"),
+    ],
+)
+def test_scores_that_are_none(scores: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        allocate(small_cnn(), torch.rand(1, 3, 16, 16), scores, macs=0.5)
+
+
 def test_scores_of_ones_own() -> None:
     model, example, sensitivity = subject("vgg11_bn")
     assert allocate(model, example, sensitivity.typical, macs=0.5) == allocate(model, example, sensitivity, macs=0.5)
+    tensors: Any = {name: torch.tensor(score, dtype=torch.float64) for name, score in sensitivity.typical.items()}
+    assert allocate(model, example, tensors, macs=0.5) == allocate(model, example, sensitivity, macs=0.5)
     first = next(iter(sensitivity.groups))
     with pytest.raises(InputError, match=f"sensitivity\\['{first}'\\]: expected a number >= 0, got -1"):
         allocate(model, example, {**sensitivity.typical, first: -1}, macs=0.5)

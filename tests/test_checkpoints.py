@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import tp_mrs.checkpoints
 from tests.conftest import Batches, image_batches, unchanged
@@ -210,6 +210,10 @@ def path(tmp_path: Path) -> Path:
         ({"ema": None}, "ema is 0.6 there, None here"),
         ({"epochs": 3}, "epochs is 2.5 there, 3 here"),
         ({"data": image_batches(6, size=2, side=8), "epochs": 2.5 * 7 / 6}, "epochs"),
+        (
+            {"data": DataLoader(TensorDataset(*map(torch.cat, zip(*as_list(), strict=True))), 2)},
+            "type of train_data is",
+        ),
         ({"model": small_net().append(nn.Linear(4, 4))}, "the number of trainable tensors is 6 there, 8 here"),
         ({"model": nn.Sequential(*small_net()[:-1], nn.Linear(144, 5))}, "the shape of 5.bias is .4. there, .5. here"),
         ({"model": nn.Sequential(*small_net()[:-1], nn.Linear(144, 4))}, "the checksum of the initial weights is"),

@@ -17,8 +17,8 @@ from PIL import Image
 import tp_mrs
 from tp_mrs import cli
 
-FEW = ["--device", "cpu", "--test-images", "300", "--attacks", "fgsm"]
-MEASURE = ["--device", "cpu", "--calibration-images", "96", "--seed", "3"]
+FEW = ["--test-images", "300", "--attacks", "fgsm"]
+MEASURE = ["--calibration-images", "96", "--seed", "3"]
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TP_MRS_CACHE": str(folder / "cache")},
+        env=os.environ
+        | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | {"TP_MRS_CACHE": str(folder / "cache")},
     )
 
 
@@ -78,7 +80,11 @@ def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
     done = torchrun(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to run") == done.stdout.count("Change") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["finetuning.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "finetuning.json",
+        "log.jsonl",
+        "model.safetensors",
+    ]
     record = json.loads((tmp_path / "run" / "finetuning.json").read_text())
     arguments = ["evaluate", *FEW, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]
     assert record["after"]["outcomes"] == printed(*arguments, folder=tmp_path)["outcomes"]

@@ -167,6 +167,10 @@ def test_the_folder_of_another_job(batches: Batches, tmp_path: Path) -> None:
     for message, other in differences.items():
         with unchanged(again), pytest.raises(InputError, match=f"checkpoint: .*another run: {message}"):
             mrpf(again, EXAMPLE, batches, torchattacks.FGSM, **{"macs": 0.48, **arguments, **other})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with unchanged(again), pytest.raises(InputError, match=r"checkpoint: .* holds other files"):
+        mrpf(again, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **{**arguments, "checkpoint": tmp_path / "other"})
     (tmp_path / "job" / "job.safetensors").unlink()
     with unchanged(again), pytest.raises(InputError, match=r"checkpoint: .* holds other files"):
         mrpf(again, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **arguments)

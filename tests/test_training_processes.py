@@ -142,9 +142,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
+from tp_mrs.processes import join
 from tests.test_training_processes import MODES
 
-state = PartialState(cpu=True)
+join()  # as finetune does by itself
+state = PartialState()
 folder = Path(sys.argv[1])
 found = {mode.__name__: mode(folder) for mode in MODES}
 (folder / f"{state.process_index}.json").write_text(json.dumps(found))
@@ -164,7 +166,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     script, root = folder / "script.py", str(Path(__file__).parents[1])
     script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    environment = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launch, str(script), str(folder)],
         capture_output=True,

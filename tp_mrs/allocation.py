@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -72,8 +73,7 @@ def allocate(
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
-    scores = sensitivity.typical if isinstance(sensitivity, Sensitivity) else sensitivity
-    _check_scores(scores, groups)
+    scores = _scores(sensitivity, groups)
     if isinstance(sensitivity, Sensitivity):
         _check_sizes(model, sensitivity.sizes)
     plan = _Plan(groups, _costs(model, example_inputs, groups, measure), scores, alpha, min_keep, round_to)
@@ -103,15 +103,31 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
         check_count("round_to", round_to)
 
 
-def _check_scores(scores: Mapping[str, float], groups: Sequence[Group]) -> None:
-    names = {group.name for group in groups}
-    if names != set(scores):
-        odd = ", ".join(sorted(names ^ set(scores))[:3])
+def _scores(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+    """The score of each group, as a number."""
+    scores: Any = given.typical if isinstance(given, Sensitivity) else given
+    if not isinstance(scores, Mapping):
         raise InputError(
-            f"sensitivity: its groups are not this model's ({odd}); measure it on the model you allocate for"
+            "sensitivity: expected what measure_sensitivity returns, or a score for each of its groups by name, got "
+            f"{type(given).__name__}"
         )
-    for name, score in scores.items():
-        check_number(f"sensitivity[{name!r}]", score, low=0)
+    names = [group.name for group in groups]
+    missing, unknown = [n for n in names if n not in scores], [str(n)[:60] for n in scores if n not in names]
+    if missing or unknown:
+        parts = {"missing": missing, "unknown": unknown}
+        odd = "; ".join(f"{part}: {', '.join(those[:3])}" for part, those in parts.items() if those)
+        raise InputError(
+            f"sensitivity: its groups are not this model's ({odd}); measure it on the model you allocate for, or give "
+            "a score for each group"
+        )
+    found = {}
+    for name in names:
+        try:
+            found[name] = float(scores[name])
+        except (TypeError, ValueError):
+            found[name] = math.nan
+        check_number(f"sensitivity[{name!r}]", found[name], low=0)
+    return found
 
 
 def _check_sizes(model: nn.Module, sizes: Mapping[str, int]) -> None:
@@ -311,10 +327,9 @@ def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], fl
         if abs(real - target) <= TOLERANCE * target:
             return kept
         aim = target + plan.cost(kept) - real
-    remedy = "lower min_keep or round_to" if nearest > target else "lower round_to"
-    raise InputError(
-        f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}, or {remedy}"
-    )
+    lower = [*(["min_keep"] if nearest > target else []), *(["round_to"] if plan.round_to else [])]
+    remedy = f", or lower {' or '.join(lower)}" if lower else ""
+    raise InputError(f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}{remedy}")
 
 
 def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:

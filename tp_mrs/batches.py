@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .borrowing import lent
@@ -50,6 +51,15 @@ def checked_batches(
             bar.update()
     if classes is None:
         raise InputError("data: it yielded no batch; expected at least one (images, labels)")
+
+
+def extent(data: Any) -> dict[str, Any]:
+    """How much there is of `data` and in what portions, JSON to be: tells other data from the same, as far as seen."""
+    found: dict[str, Any] = {"batches": len(data)} if isinstance(data, Sized) else {}
+    if isinstance(data, DataLoader):
+        images = {"images": len(data.dataset)} if isinstance(data.dataset, Sized) else {}
+        found |= {**images, "batch_size": data.batch_size, "workers": data.num_workers}
+    return {"type": type(data).__name__, **found}
 
 
 def pairs(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

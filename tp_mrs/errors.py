@@ -25,7 +25,8 @@ def naming(argument: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{argument}: {error}") from error
+        kind = argument.rpartition("_")[2]  # "data: …" becomes "validation_data: …"
+        raise InputError(f"{argument}: {str(error).removeprefix(f'{argument}: ').removeprefix(f'{kind}: ')}") from error
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
+from .batches import extent
 from .borrowing import preserved_flags, preserved_rng
 from .checkpoints import Checkpoint
 from .epochlog import EpochLog
@@ -117,7 +118,7 @@ def finetune(
         eps: perturbation size of an attack given by name and of the objective's own, in units of the image range.
         epochs: passes over `train_data`; fractions count in batches.
         lr: peak learning rate.
-        optimizer: a name from `timm.optim.list_optimizers()`; `"sgd"` is Nesterov's there.
+        optimizer: a name from `timm.optim.list_optimizers()`, but not `"adahessian"`; `"sgd"` is Nesterov's there.
         momentum: of optimisers that have one.
         weight_decay: not applied to biases and norms (timm's rule).
         schedule: `"cosine"` to 0, or `"constant"`; stepped every update.
@@ -149,6 +150,8 @@ def finetune(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "train_data")}
     join()
+    if log is not None and checkpoint is not None and Path(log).resolve() == Path(checkpoint).resolve():
+        raise InputError(f"log: {log} is the checkpoint, too; choose another file")
     plan = _Plan.of(model, train_data, given)
     file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.settings | plan.circumstances(model))
     saved = None if file is None else file.read()
@@ -259,10 +262,10 @@ class _Plan:
 
     def circumstances(self, model: nn.Module) -> dict[str, Any]:
         """What else decides the result, JSON to be, for a checkpoint to compare."""
-        held_out = self.validation.data if self.validation is not None else None
+        held_out = None if self.validation is None else self.validation.data
+        parts = {"train_data": self.data} | ({} if held_out is None else {"validation_data": held_out})
         return {
-            "the number of batches": len(self.data),  # type: ignore[arg-type]
-            "the number of validation batches": len(held_out) if isinstance(held_out, Sized) else None,
+            **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of processes": place()[1],
             "the number of trainable tensors": sum(parameter.requires_grad for parameter in model.parameters()),
         }
@@ -305,6 +308,9 @@ def _validation(model: nn.Module, given: dict[str, Any]) -> Validation | None:
     return None
 
 
+_SECOND_ORDER = ("adahessian",)  # these need the graph of the gradients
+
+
 def check_options(
     *,
     epochs: float = 1,
@@ -339,7 +345,7 @@ def check_options(
     check_count("checkpoint_every", checkpoint_every)
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_precision(precision)
-    check_choice("optimizer", optimizer, list_optimizers())
+    check_choice("optimizer", optimizer, [name for name in list_optimizers() if name not in _SECOND_ORDER])
     check_count("seed", seed, low=0)
 
 

@@ -54,7 +54,7 @@ def joined(device: str) -> Iterator[torch.device]:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device != "cpu" and 0 < gpus < local:
         raise InputError(f"device: {gpus} GPUs are too few for {local} processes; start fewer, or give --device cpu")
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or gpus == 0)
     yield state.device
     state.destroy_process_group()
 

@@ -12,6 +12,7 @@ the network as one batch, so that BatchNorm sees one mixture of both.
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
@@ -103,7 +104,7 @@ def ard(teacher: nn.Module, *, alpha: float = 1.0, temperature: float = 30.0) ->
         matching = temperature**2 * _divergence(soft, softened).mean()
         return alpha * matching + (1 - alpha) * F.nll_loss(clean, labels)
 
-    distilled.__name__ = f"ard(alpha={alpha:g}, temperature={temperature:g})"
+    distilled.__name__ = f"ard(teacher={taught.checksum()}, alpha={alpha:g}, temperature={temperature:g})"
     return distilled
 
 
@@ -134,7 +135,7 @@ def rslad(teacher: nn.Module, *, alpha: float = 5 / 6) -> Objective:
         clean, attacked = _log_probabilities(model, images, attack(images, target.exp()))
         return (1 - alpha) * _divergence(target, clean).mean() + alpha * _divergence(target, attacked).mean()
 
-    distilled.__name__ = f"rslad(alpha={alpha:g})"
+    distilled.__name__ = f"rslad(teacher={taught.checksum()}, alpha={alpha:g})"
     return distilled
 
 
@@ -258,6 +259,14 @@ class _Teacher:
             self._check_classes(model, images, logits)
             self._checked = weakref.ref(model)
         return F.log_softmax(logits.float(), dim=1)
+
+    def checksum(self) -> str:
+        """Eight hexadecimal digits that tell the teacher's weights from others'."""
+        found = 0
+        for parameter in self.module.parameters():
+            if not parameter.is_meta:  # it is refused when it is to teach
+                found = zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
+        return f"{found:08x}"
 
     def _check_weights(self, model: nn.Module, device: torch.device) -> None:
         parameters = set(self.module.parameters())

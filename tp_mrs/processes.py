@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -21,8 +22,17 @@ def place() -> tuple[int, int]:
 
 
 def join() -> None:
-    """Join the processes that torchrun has started together, unless the script has done so."""
-    PartialState()
+    """Join the processes that torchrun has started together, unless the script has done so.
+
+    Raises:
+        InputError: accelerate takes them for single ones, and would train each alone.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != place()[1]:
+        raise InputError(
+            f"accelerate sees {state.num_processes} process where there are {place()[1]}; where there is no GPU, make "
+            "accelerate.PartialState(cpu=True), or leave it to tp_mrs"
+        )
 
 
 def share(tensors: Iterable[Tensor]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .batches import extent
 from .checkpoints import Checkpoint
 from .errors import InputError
 from .objectives import name_of
@@ -41,7 +42,7 @@ class Stages:
             raise InputError(f"checkpoint: {self.folder} is a file, expected a folder")
         job = Checkpoint.of(self.folder / "job.safetensors", model, settings)
         if job.read() is None:
-            if gather(any(self.folder.glob("*.safetensors")))[0]:
+            if gather(any(not path.name.startswith(".") for path in self.folder.iterdir()))[0]:
                 raise InputError(
                     f"checkpoint: {self.folder} holds other files; choose another folder, or delete it to start anew"
                 )
@@ -79,7 +80,7 @@ class Stages:
 
 
 def plainly(value: Any) -> Any:
-    """Settings as JSON can hold them: functions and attacks by name, data by its length, other things by their type."""
+    """Settings as JSON can hold them: functions and attacks by name, data by its extent, other things by their type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -88,4 +89,4 @@ def plainly(value: Any) -> Any:
         return [plainly(each) for each in value]
     if callable(value):
         return name_of(value)
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, Sized) else type(value).__name__
+    return extent(value)

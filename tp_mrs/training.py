@@ -14,7 +14,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .errors import DivergenceError, InputError, device_of
+from .errors import DivergenceError, InputError, device_of, naming
 from .passes import Passes
 from .processes import failing_together, gather, place
 from .randomness import generator_states, generators, random_state, set_generator_states, set_random_state
@@ -116,7 +116,7 @@ class Training:
             DivergenceError: the loss, or a weight at the end of an epoch, is not finite.
         """
         begun, before = perf_counter(), len(self.ended)
-        with failing_together():
+        with failing_together(), naming("train_data"):
             count = min(self.accumulate, self.total - self.done)
             batches = [self.update.check(*batch) for batch in islice(self.passes, count)]
         self.scheduler.step_update(self.step)

@@ -52,6 +52,7 @@ class Validation:
         hits = torch.zeros(3, device=device_of(self.model))
         with (
             failing_together(),
+            naming("validation_data"),
             borrowed(self.model, seed=self.seed),
             torch.autocast(hits.device.type, enabled=False),
         ):
