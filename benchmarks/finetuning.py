@@ -71,7 +71,7 @@ def plain_passes(model: nn.Module, batches: list[tuple[Tensor, Tensor]], passes:
     model.train()
     for images, labels in batches:
         for _ in range(passes):
-            F.cross_entropy(model(images.requires_grad_()), labels).backward()
+            F.cross_entropy(model(images.detach().requires_grad_()), labels).backward()
 
 
 def timed(run: Callable[[], Any]) -> float:
