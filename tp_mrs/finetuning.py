@@ -93,12 +93,12 @@ def finetune(
     running statistics.
 
     With `checkpoint`, a run that was interrupted at whatever moment goes on where it was when called again with the
-    same arguments and the same initial model, and a finished one is not repeated. On a CPU the final weights are those
-    of an undisturbed run, bit for bit, as long as all that is random is drawn from the generators of Python, NumPy and
-    torch and those of the `DataLoader`. The batches of the current epoch that have been seen are read again and
-    dropped. This holds with workers, too, unless they are persistent: then the order of the images is the same, but
-    not what the workers draw at random. Objectives that are functions are told apart by their names alone, and should
-    keep no state.
+    same arguments and the same initial model, and a finished one is not repeated. On a CPU, with as many threads, the
+    final weights are those of an undisturbed run, bit for bit, as long as all that is random is drawn from the
+    generators of Python, NumPy and torch and those of the `DataLoader`. The batches of the current epoch that have been
+    seen are read again and dropped. This holds with workers, too, unless they are persistent: then the order of the
+    images is the same, but not what the workers draw at random. Objectives that are functions are told apart by their
+    names alone, and should keep no state.
 
     Under `torchrun`, an epoch is one pass over the data by all processes together: each takes its part of the batches,
     so that N of them have N batches in each update. If N doesn't divide their number, the first batches come again to
