@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,3 +137,27 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
     assert np.random.get_state()[1].tolist() == rng[2]  # type: ignore[index]
+
+
+def torchrun(*command: str, cwd: Path, timeout: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script with its arguments, or `-m MODULE` with its own, in two processes without a GPU."""
+    root = str(Path(__file__).parents[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    always = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launch, *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=os.environ | always | environment,
+    )
+
+
+def in_two_processes(text: str, folder: Path, *arguments: str, timeout: int = 600) -> list[Any]:
+    """What two processes write as JSON to `folder/0.json` and `folder/1.json`, whose script gets the folder last."""
+    script = folder / "script.py"
+    script.write_text(text)
+    done = torchrun(str(script), *arguments, str(folder), cwd=Path(__file__).parents[1], timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]

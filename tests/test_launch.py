@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from PIL import Image
 
 import tp_mrs
+from tests.conftest import torchrun
 from tp_mrs import cli
 
 FEW = ["--test-images", "300", "--attacks", "fgsm"]
@@ -28,25 +27,14 @@ def saved(tmp_path: Path) -> str:
     return str(tp_mrs.save(tp_mrs.normalize(model, [0.3], [0.3]), tmp_path / "saved.safetensors"))
 
 
-def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def tp_mrs_twice(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`tp-mrs` with these arguments in two processes."""
-    root = str(Path(__file__).parents[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*launch, "-m", "tp_mrs", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env=os.environ
-        | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        | {"TP_MRS_CACHE": str(folder / "cache")},
-    )
+    return torchrun("-m", "tp_mrs", *arguments, cwd=folder, timeout=300, TP_MRS_CACHE=str(folder / "cache"))
 
 
 def printed(*arguments: str, folder: Path) -> dict[str, Any]:
     """The JSON that the first process prints, and nothing else is printed."""
-    done = torchrun(*arguments, "--json", folder=folder)
+    done = tp_mrs_twice(*arguments, "--json", folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -77,7 +65,7 @@ def test_an_evaluation_is_that_of_one_process(saved: str, tmp_path: Path, capsys
 
 def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
     arguments = ["finetune", *FEW, "--epochs", "0.1", "--quiet", "--checkpoint", saved, "--out", "run"]
-    done = torchrun(*arguments, folder=tmp_path)
+    done = tp_mrs_twice(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to run") == done.stdout.count("Change") == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
@@ -109,7 +97,7 @@ def test_prune_in_rounds(saved: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_fails_everywhere_is_said_once(arguments: list[str], message: str, saved: str, tmp_path: Path) -> None:
-    done = torchrun(*(argument.replace("SAVED", saved) for argument in arguments), folder=tmp_path)
+    done = tp_mrs_twice(*(argument.replace("SAVED", saved) for argument in arguments), folder=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert done.stdout == ""
@@ -128,7 +116,7 @@ def test_what_fails_in_one_process_is_said_once(tmp_path: Path) -> None:
     checkpoint = str(tp_mrs.save(model, tmp_path / "two.safetensors"))
     data = ["--data", "image-folder", "--data-dir", str(tmp_path), "--image-size", "16", "--batch-size", "2"]
     arguments = ["finetune", *FEW, *data, "--epochs", "1", "--checkpoint", checkpoint, "--out", "run"]
-    done = torchrun(*arguments, folder=tmp_path)
+    done = tp_mrs_twice(*arguments, folder=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("data: cannot read the image") == 1, done.stderr
     assert "Connection" not in done.stderr

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conftest import Batches, small_cnn, unchanged
+from tests.conftest import Batches, in_two_processes, small_cnn, unchanged
 from tp_mrs import InputError, finetune
 from tp_mrs.attacks import bind, named_attack
 from tp_mrs.objectives import Objective, adversarial, ard, awp, mart, resolve, rslad, standard, trades
@@ -287,21 +284,7 @@ def trained_by(processes: int) -> str:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[1])
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=root,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found, other = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    found, other = in_two_processes(SCRIPT, tmp_path)
     assert found == other
     for weights, expected in zip(found, json.loads(trained_by(1)), strict=True):
         assert weights == pytest.approx(expected, abs=1e-5)

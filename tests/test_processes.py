@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,7 @@ import pytest
 import torch
 import torchattacks
 
-from tests.conftest import small_cnn
+from tests.conftest import in_two_processes, small_cnn
 from tp_mrs.measuring import measure
 
 SCRIPT = """
@@ -64,28 +60,10 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def run(mode: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [*launch, str(script), mode, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
-
-
 @pytest.mark.parametrize("mode", ["first_order", "pga"])
 def test_two_processes_find_what_one_finds(mode: Any, tmp_path: Path) -> None:
     one = measure(model(), batches(), torchattacks.PGD, estimator=mode, steps=2)
-    found, other = run(mode, tmp_path)
+    found, other = in_two_processes(SCRIPT, tmp_path, mode, timeout=120)
     assert found == other
     assert found["modules"] == pytest.approx(one.modules, rel=1e-5)
     assert found["loss"] == pytest.approx(one.robust_loss, rel=1e-6)
@@ -95,17 +73,17 @@ def test_two_processes_find_what_one_finds(mode: Any, tmp_path: Path) -> None:
 
 
 def test_a_loader_that_accelerate_has_split(tmp_path: Path) -> None:
-    for result in run("prepared", tmp_path):
+    for result in in_two_processes(SCRIPT, tmp_path, "prepared", timeout=120):
         assert result["error"].startswith("data: accelerate has prepared this loader")
 
 
 def test_too_few_batches(tmp_path: Path) -> None:
-    found, other = run("starved", tmp_path)
+    found, other = in_two_processes(SCRIPT, tmp_path, "starved", timeout=120)
     assert other["error"] == "data: no batch for process 1 of 2; use smaller batches or fewer processes"
     assert found["error"] == f"process 1: {other['error']}"
 
 
 def test_one_process_fails(tmp_path: Path) -> None:
-    found, other = run("broken", tmp_path)
+    found, other = in_two_processes(SCRIPT, tmp_path, "broken", timeout=120)
     assert other["error"].startswith("images: expected values in [0, 1]")
     assert found["error"] == f"process 1: {other['error']}"

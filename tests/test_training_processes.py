@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tp_mrs.checkpoints
-from tests.conftest import Batches, image_batches
+from tests.conftest import Batches, image_batches, in_two_processes
 from tp_mrs import InputError, finetune
 from tp_mrs.processes import place
 
@@ -163,20 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes found in each mode."""
-    script, root = folder / "script.py", str(Path(__file__).parents[1])
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=root,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
+    return in_two_processes(SCRIPT, folder)
 
 
 pytestmark = pytest.mark.slow

@@ -62,9 +62,8 @@ def allocate(
 
     Notes:
         With the worst case MRS_g in place of T_g, wide late layers are kept whole at the cost of narrow early ones,
-        because the worst direction counts for more in more dimensions; robust accuracy after pruning is lower. So it is
-        with scores that tell better what pruning a group costs, and with the rule k_g = κ · T_g^α for the fraction
-        kept, which does not ask what a group costs (benchmarks/README.md has the numbers).
+        because the worst direction counts for more in more dimensions; robust accuracy after much pruning is
+        lower (benchmarks/README.md).
 
     Raises:
         InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.

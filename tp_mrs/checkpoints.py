@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import tensorfile
 from .errors import InputError
 from .files import check_output_folder, remove_leftovers
 from .processes import failing_together, gather, place
-from .storage import tensors_of
+from .storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.checkpoint/1"
 _TENSOR = "tensor"
@@ -92,18 +90,9 @@ class Checkpoint:
 
 def beginning(model: nn.Module) -> dict[str, Any]:
     """The shapes and a checksum of all parameters and buffers, JSON to be."""
-    digest = hashlib.sha256()
-    shapes = {}
-    for name, tensor in sorted(tensors_of(model).items()):
-        shapes[f"the shape of {name}"] = list(tensor.shape)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(_bytes(tensor))
-    return {**shapes, "the checksum of the initial weights": digest.hexdigest()[:16]}
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """A tensor's values; through bytes, as NumPy has no bfloat16."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    tensors = tensors_of(model)
+    shapes = {f"the shape of {name}": list(tensor.shape) for name, tensor in sorted(tensors.items())}
+    return {**shapes, "the checksum of the initial weights": checksum(tensors)}
 
 
 def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -50,21 +50,21 @@ class EpochLog:
             if not wanted.startswith(content):
                 write_bytes(self.path, wanted)
             elif wanted != content:
-                self._append(wanted[len(content) :])
-
-    def _append(self, lines: bytes) -> None:
-        assert self.path is not None  # noqa: S101 (update returns where there is none)
-        try:
-            with self.path.open("ab") as file:
-                file.write(lines)
-        except OSError as error:
-            raise InputError(f"log: cannot write {self.path} ({error.strerror}); choose a writable file") from error
+                _append(self.path, wanted[len(content) :])
 
     def _content(self) -> bytes:
         try:
             return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
         except OSError as error:
             raise InputError(f"log: cannot read {self.path} ({error.strerror}); choose another file") from error
+
+
+def _append(path: Path, lines: bytes) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(lines)
+    except OSError as error:
+        raise InputError(f"log: cannot write {path} ({error.strerror}); choose a writable file") from error
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

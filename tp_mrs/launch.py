@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 from .errors import InputError, check_device
-from .processes import place
+from .processes import join, place
 
 _FAILURES = "tp_mrs/failures"  # a counter in the store that the processes share
 
@@ -54,7 +53,7 @@ def joined(device: str) -> Iterator[torch.device]:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device != "cpu" and 0 < gpus < local:
         raise InputError(f"device: {gpus} GPUs are too few for {local} processes; start fewer, or give --device cpu")
-    state = PartialState(cpu=device == "cpu" or gpus == 0)
+    state = join(cpu=device == "cpu" or gpus == 0)
     yield state.device
     state.destroy_process_group()
 

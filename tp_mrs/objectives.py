@@ -12,7 +12,6 @@ the network as one batch, so that BatchNorm sees one mixture of both.
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
@@ -28,6 +27,7 @@ from .attacks import Perturb
 from .batches import num_classes
 from .borrowing import lent, preserved_caches
 from .errors import InputError, check_number
+from .storage import checksum
 
 Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
 
@@ -261,12 +261,9 @@ class _Teacher:
         return F.log_softmax(logits.float(), dim=1)
 
     def checksum(self) -> str:
-        """Eight hexadecimal digits that tell the teacher's weights from others'."""
-        found = 0
-        for parameter in self.module.parameters():
-            if not parameter.is_meta:  # it is refused when it is to teach
-                found = zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
-        return f"{found:08x}"
+        """Tells the teacher's weights from others'; those without values are refused when it is to teach."""
+        weights = {name: weight for name, weight in self.module.named_parameters() if not weight.is_meta}
+        return checksum(weights)[:8]
 
     def _check_weights(self, model: nn.Module, device: torch.device) -> None:
         parameters = set(self.module.parameters())

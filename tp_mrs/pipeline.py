@@ -197,7 +197,8 @@ def mrpf(
         fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
         scores = importance()
         sensitivity = scores.sensitivity(example_inputs)
-        ratios = allocate(model, example_inputs, sensitivity, **allocating, **{budget: fraction})  # type: ignore[arg-type]
+        wanted: dict[str, Any] = {**allocating, budget: fraction}
+        ratios = allocate(model, example_inputs, sensitivity, **wanted)
         names = {module: name for name, module in model.named_modules()}
         prune_by_ratio(model, example_inputs, ratios, scores)
         recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)

@@ -21,18 +21,22 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
-def join() -> None:
+def join(*, cpu: bool | None = None) -> PartialState:
     """Join the processes that torchrun has started together, unless the script has done so.
+
+    Args:
+        cpu: leave the GPUs alone; None if there are none.
 
     Raises:
         InputError: accelerate takes them for single ones, and would train each alone.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available() if cpu is None else cpu)
     if state.num_processes != place()[1]:
         raise InputError(
             f"accelerate sees {state.num_processes} process where there are {place()[1]}; where there is no GPU, make "
             "accelerate.PartialState(cpu=True), or leave it to tp_mrs"
         )
+    return state
 
 
 def share(tensors: Iterable[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,16 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that tell these tensors' names, types, shapes and values from others'."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())  # as bytes: NumPy has no bfloat16
+    return digest.hexdigest()[:16]
+
+
 def copy_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, for `put_tensors`."""
     return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
@@ -151,10 +162,11 @@ def _take_shapes(
 ) -> None:
     _check_modules(model, metadata)
     places = check_fit(model, tensors, groups=metadata.groups, complete=complete, full=full)
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, heads in metadata.heads.items():
-        model.get_submodule(name).num_heads = heads  # type: ignore[assignment]
+        modules[name].num_heads = heads
     for name, width in metadata.widths.items():
-        model.get_submodule(name).normalized_shape = (width,)  # type: ignore[assignment]
+        modules[name].normalized_shape = (width,)
     fill(places, tensors, groups=metadata.groups)
     take_sizes(model)
 
