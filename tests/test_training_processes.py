@@ -207,5 +207,5 @@ def test_refusals(found: list[dict[str, Any]]) -> None:
     for process in found:
         assert process["starved"]["error"].startswith("train_data: 1 batches are too few for 2 processes")
         assert process["prepared"]["error"].startswith("train_data: this loader has been split between processes")
-    assert found[1]["broken"]["error"].startswith("images: expected values in [0, 1]")
+    assert found[1]["broken"]["error"].startswith("train_data: images: expected values in [0, 1]")
     assert found[0]["broken"]["error"] == f"process 1: {found[1]['broken']['error']}"
