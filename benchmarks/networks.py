@@ -34,7 +34,18 @@ TRAINING: dict[str, dict[str, Any]] = {
     },
 }
 
+FINETUNING: dict[str, dict[str, Any]] = {
+    "digits": {"objective": "fgsm", "lr": 0.005, "optimizer": "adamw", "precision": "bf16", "channels_last": True},
+    "cifar10": {"objective": "fgsm", "lr": 0.05, "optimizer": "sgd", "precision": "bf16", "channels_last": True},
+}
+"""Of pruned networks: fast adversarial training, for all alike."""
+
 NETWORKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "narrowest resnet18"): {
+        "arguments": {"channels": [8, 16, 32, 64]},
+        "objective": "fgsm",
+        "attack": "ffgsm",
+    },
     ("digits", "resnet18"): {"arguments": {"channels": [32, 64, 128, 256]}},
     ("digits", "narrow resnet18"): {"arguments": {"channels": [16, 32, 64, 128]}},
     ("digits", "vgg11_bn"): {},
@@ -51,7 +62,7 @@ def dense(data: ImageData, name: str, *, seed: int = 0) -> nn.Module:
     special = dict(NETWORKS[data.name, name])
     return dense_model(
         data,
-        name.removeprefix("narrow "),
+        name.split()[-1],
         arguments=special.pop("arguments", {}),
         batch_size=BATCH_SIZE[data.name],
         seed=seed,

@@ -34,8 +34,8 @@ import torchattacks
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks.contenders import MeasuredBefore
 from benchmarks.networks import EPS, NETWORKS, dense
-from benchmarks.one_shot import MeasuredBefore
 from benchmarks.references import converged, mean_loss, rift
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from tp_mrs import allocate, create_model, recalibrate

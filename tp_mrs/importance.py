@@ -123,8 +123,8 @@ class MRSImportance(tp.importance.Importance):
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
         measurement = self.measurement()
         weight, highest = self._weights(group, measurement)
-        with _lent_gradients(self.model, measurement.gradients):
-            scores = self.base(_sorted_copy(group))
+        with lent_gradients(self.model, measurement.gradients):
+            scores = self.base(sorted_copy(group))
         if scores is None or self.alpha == 0:
             return scores
         kept = scores.topk(self._kept(group, len(scores))).indices
@@ -162,7 +162,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 @contextmanager
-def _lent_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> Iterator[None]:
+def lent_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> Iterator[None]:
     """Each parameter's `.grad` is the one from `gradients` inside, and what it was outside."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     for name, parameter in model.named_parameters():
@@ -174,7 +174,7 @@ def _lent_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> Iterator[
             parameter.grad = grad
 
 
-def _sorted_copy(group: Any) -> Any:
+def sorted_copy(group: Any) -> Any:
     """A copy whose indices ascend, with the root's channels in the same order, counted within this group.
 
     Torch-Pruning's Taylor importance sorts a group's indices in place, which changes the caller's group and loses

@@ -1,0 +1,449 @@
+"""Ways of pruning a network to a budget: Torch-Pruning's criteria and pruners, a direct measurement, and ours.
+
+A contender takes a `Subject`, a `Budget` and the epochs of fine-tuning it may spend, and returns a new model. All see
+the same images; those that prune once are all recalibrated and fine-tuned in the same way. Faults of Torch-Pruning
+1.6.1 are mended for the contenders that have them:
+
+- gradient-based criteria sort a group's indices in place, and misread groups of some channels (`sorted_copy`);
+- Hessian keeps the last sample's gradients only: it gets the mean of their squares over all samples;
+- OBD-C sets hooks that fail on modules in place: it gets the same squares, exact ones, as its Fisher information.
+
+Left as it is: Taylor leaves BatchNorm's scales out of its sums, and groups without BatchNorm are not pruned by scales.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+import torchattacks
+from torch import Tensor, nn
+
+from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING
+from benchmarks.networks import dense as dense_network
+from tp_mrs import MRSImportance, allocate, evaluate, finetune, mrpf, recalibrate
+from tp_mrs.allocation import amount
+from tp_mrs.architectures import LAYERS
+from tp_mrs.attacks import AttackLike, Perturb, bind, named_attack, parse_eps
+from tp_mrs.borrowing import borrowed
+from tp_mrs.data import ImageData, make_loader, random_subset
+from tp_mrs.importance import lent_gradients, sorted_copy
+from tp_mrs.measuring import Measurement, measure
+from tp_mrs.objectives import Objective, resolve
+from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs, refresh
+
+ATTACK = "pgd-10"
+CALIBRATION_IMAGES, SQUARED_IMAGES, TRIED_IMAGES = 512, 128, 256
+"""What criteria see; those that need each image's gradient; the one that prunes each group on trial."""
+
+TRIED_RATIO = 0.3
+TOLERANCE, SEARCH_STEPS = 0.005, 12
+REGULARISING_EPOCHS = 1.0
+
+
+class Budget(NamedTuple):
+    """A fraction of the dense network's `"macs"` or `"params"`."""
+
+    measure: str
+    target: float
+
+
+class Subject:
+    """A dense network and the images that criteria see; what several contenders need is worked out once."""
+
+    def __init__(self, data: ImageData, network: str, seed: int) -> None:
+        self.data, self.network, self.seed = data, network, seed
+        self.eps = parse_eps(EPS[data.name])
+        self.example = torch.zeros(1, *data.shape)
+        images = random_subset(data.calibration, CALIBRATION_IMAGES, seed=seed)
+        self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(images, batch_size=128))
+        self.attack = named_attack(ATTACK, eps=self.eps)
+        self.adversarial = Evidence(self, self.attack)
+        self.clean = Evidence(self, torchattacks.VANILA)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return dense_network(self.data, self.network, seed=self.seed)
+
+    @property
+    def train_data(self) -> Any:
+        return make_loader(self.data.train, batch_size=BATCH_SIZE[self.data.name], shuffle=True, seed=self.seed)
+
+    @property
+    def finetuning(self) -> dict[str, Any]:
+        """Arguments of `finetune` that are the same for all."""
+        return {"eps": self.eps, "seed": self.seed, "progress": False, **FINETUNING[self.data.name]}
+
+
+class Evidence:
+    """What the dense network's gradients say on attacked, or on clean, images."""
+
+    def __init__(self, subject: Subject, attack: AttackLike) -> None:
+        self.subject, self.attack = subject, attack
+
+    @cached_property
+    def measurement(self) -> Measurement:
+        """First-order scores, and the mean gradient."""
+        subject = self.subject
+        return measure(subject.model, subject.calibration, self.attack, seed=subject.seed, progress=False)
+
+    @cached_property
+    def squares(self) -> dict[str, Tensor]:
+        """Parameter → the mean square of each image's gradient."""
+        model, batch = self.subject.model, self.subject.calibration[0]
+        torch.manual_seed(self.subject.seed)
+        images = bind(self.attack, model)(*batch)[:SQUARED_IMAGES]
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        found = [torch.zeros_like(parameter) for parameter in parameters]
+        for image, label in zip(images, batch[1], strict=False):
+            loss = F.cross_entropy(model(image[None]), label[None])
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for square, gradient in zip(found, gradients, strict=True):
+                if gradient is not None:
+                    square += gradient.square() / len(images)
+        return dict(zip(names, found, strict=True))
+
+
+Contender: TypeAlias = Callable[[Subject, Budget, float], nn.Module]
+"""Subject, budget and epochs of fine-tuning → a new model."""
+
+Prune: TypeAlias = Callable[[Subject, Budget], nn.Module]
+
+Make: TypeAlias = Callable[[Subject, nn.Module], Any]
+"""Makes an importance for a copy of the subject's model."""
+
+
+@dataclass(frozen=True)
+class Once:
+    """Prune, recalibrate BatchNorm, fine-tune."""
+
+    prune: Prune
+
+    def __call__(self, subject: Subject, budget: Budget, epochs: float) -> nn.Module:
+        model = copy.deepcopy(_pruned(self.prune, subject, budget))
+        if epochs:
+            finetune(model, subject.train_data, epochs=epochs, **subject.finetuning)
+        return model
+
+
+@lru_cache(maxsize=1)
+def _pruned(prune: Prune, subject: Subject, budget: Budget) -> nn.Module:
+    """Kept, for the next number of epochs."""
+    return recalibrate(prune(subject, budget), subject.calibration, progress=False)
+
+
+# --- importances -----------------------------------------------------------------------------------------------------
+
+
+class Lent(tp.importance.Importance):
+    """A gradient-based importance, with the gradients in each parameter's `.grad` while it scores."""
+
+    def __init__(self, model: nn.Module, base: Any, gradients: dict[str, Tensor]) -> None:
+        self.model, self.base, self.gradients = model, base, gradients
+
+    def __call__(self, group: Any) -> Tensor | None:
+        with lent_gradients(self.model, self.gradients):
+            scores: Tensor | None = self.base(sorted_copy(group))
+        return scores
+
+
+class MeasuredBefore(MRSImportance):
+    """MRSImportance for a copy of a model that is measured already: looking for a ratio takes many copies."""
+
+    shared: Measurement
+
+    def measurement(self) -> Measurement:
+        return self.shared
+
+
+def plain(importance: Callable[[], Any]) -> Make:
+    """One that needs no data."""
+    return lambda subject, model: importance()
+
+
+def taylor(kind: str) -> Make:
+    def make(subject: Subject, model: nn.Module) -> Any:
+        return Lent(model, tp.importance.TaylorImportance(), evidence(subject, kind).measurement.gradients)
+
+    return make
+
+
+def hessian(kind: str) -> Make:
+    def make(subject: Subject, model: nn.Module) -> Any:
+        return Lent(model, tp.importance.HessianImportance(), evidence(subject, kind).squares)
+
+    return make
+
+
+def obdc(kind: str) -> Make:
+    def make(subject: Subject, model: nn.Module) -> Any:
+        squares = evidence(subject, kind).squares
+        base = tp.importance.OBDCImportance(num_classes=subject.data.num_classes)
+        base.Fisher = {
+            module: squares[f"{name}.weight"].flatten(1)
+            for name, module in model.named_modules()
+            if isinstance(module, LAYERS)
+        }
+        base.steps = 1
+        return Lent(model, base, squares)
+
+    return make
+
+
+def evidence(subject: Subject, kind: str) -> Evidence:
+    found: Evidence = getattr(subject, kind)
+    return found
+
+
+def mrs(base: Any, alpha: float = 1.0) -> Make:
+    """MRSImportance on the subject's images; at α = 0 the base alone, which then sees adversarial gradients."""
+
+    def make(subject: Subject, model: nn.Module) -> MRSImportance:
+        importance = MeasuredBefore(model, subject.calibration, subject.attack, base=base, alpha=alpha)
+        importance.shared = subject.adversarial.measurement
+        return importance
+
+    return make
+
+
+# --- ways of pruning -------------------------------------------------------------------------------------------------
+
+SCOPES: dict[str, dict[str, bool]] = {
+    "uniform": {},
+    "global": {"global_pruning": True},
+    "isomorphic": {"global_pruning": True, "isomorphic": True},
+}
+"""Torch-Pruning's: one ratio for all groups, one ranking of all channels, or one for groups of the same structure."""
+
+
+def by_ratio(make: Make, scope: str, dense: Callable[[Subject], nn.Module] | None = None) -> Prune:
+    """Torch-Pruning's own way: one pruning ratio for the network, here the one that meets the budget.
+
+    Args:
+        make: the importance.
+        scope: of `SCOPES`.
+        dense: makes another model than the subject's own to start from.
+    """
+
+    def prune(subject: Subject, budget: Budget) -> nn.Module:
+        model = dense(subject) if dense else subject.model
+        whole = amount(subject.model, subject.example, budget.measure)
+
+        def at(ratio: float) -> tuple[float, nn.Module]:
+            torch.manual_seed(subject.seed)
+            pruned = copy.deepcopy(model)
+            importance = make(subject, pruned)
+            build_pruner(pruned, subject.example, importance, pruning_ratio=ratio, **SCOPES[scope]).step()
+            return amount(refresh(pruned), subject.example, budget.measure) / whole, pruned
+
+        low, high = 0.0, 1.0
+        best, nearest = math.inf, model
+        for _ in range(SEARCH_STEPS):
+            middle = (low + high) / 2
+            found, pruned = at(middle)
+            error = abs(found / budget.target - 1)
+            if error < best:
+                best, nearest = error, pruned
+            if error < TOLERANCE:
+                break
+            low, high = (middle, high) if found > budget.target else (low, middle)
+        return nearest
+
+    return prune
+
+
+Scores: TypeAlias = Callable[[Subject], Any]
+"""What `allocate` goes by: a `Sensitivity`, or a score for each group."""
+
+
+def allocated(make: Make, scores: Scores, alpha: float = 1.0) -> Prune:
+    """Ratios from `allocate`, channels within a group by the importance."""
+
+    def prune(subject: Subject, budget: Budget) -> nn.Module:
+        model = copy.deepcopy(subject.model)
+        wanted: dict[str, Any] = {budget.measure: budget.target}
+        ratios = allocate(model, subject.example, scores(subject), alpha=alpha, **wanted)
+        prune_by_ratio(model, subject.example, ratios, make(subject, model))
+        return model
+
+    return prune
+
+
+def sensitivity(subject: Subject) -> Any:
+    return subject.adversarial.measurement.sensitivity(prunable_groups(subject.model, subject.example))
+
+
+def clean_sensitivity(subject: Subject) -> Any:
+    """Without the adversarial loss."""
+    return subject.clean.measurement.sensitivity(prunable_groups(subject.model, subject.example))
+
+
+def largest_member(subject: Subject) -> dict[str, float]:
+    """Without coupling: the score of the most sensitive layer of each group."""
+    measurement, groups = subject.adversarial.measurement, prunable_groups(subject.model, subject.example)
+    return {group.name: max(measurement.typical([layer]) for layer in group.layers) for group in groups}
+
+
+def tried(subject: Subject) -> dict[str, float]:
+    """Group → robust accuracy that it costs to prune this group alone, by L2; at least half an image's worth."""
+    batches = subject.calibration[: TRIED_IMAGES // len(subject.calibration[0][0])]
+
+    def accuracy(model: nn.Module) -> float:
+        recalibrate(model, subject.calibration, progress=False)
+        found = evaluate(model, batches, [ATTACK], eps=subject.eps, latency=False, progress=False)
+        return found.robust[ATTACK]
+
+    before, found = accuracy(copy.deepcopy(subject.model)), {}
+    for group in prunable_groups(subject.model, subject.example):
+        model = copy.deepcopy(subject.model)
+        prune_by_ratio(model, subject.example, {model.get_submodule(group.name): TRIED_RATIO}, L2())
+        after = accuracy(model)
+        found[group.name] = max(before - after, 0.5 / TRIED_IMAGES)
+    return found
+
+
+def in_rounds(rounds: int, **changes: Any) -> Contender:
+    """`mrpf`: the epochs are shared between the rounds."""
+
+    def run(subject: Subject, budget: Budget, epochs: float) -> nn.Module:
+        model = copy.deepcopy(subject.model)
+        wanted: dict[str, Any] = {budget.measure: budget.target, **subject.finetuning, **changes}
+        mrpf(
+            model,
+            subject.example,
+            subject.train_data,
+            subject.attack,
+            rounds=rounds,
+            epochs=epochs / rounds,
+            calibration_data=subject.calibration,
+            train_attack=wanted.pop("attack", None),
+            **wanted,
+        )
+        return model
+
+    return run
+
+
+# --- pruners that regularise before they prune -----------------------------------------------------------------------
+
+UPSTREAM_STEPS = 100 * 391
+UPSTREAM_SHRINKAGE, UPSTREAM_GROWTH = 0.01 * 5e-4 * UPSTREAM_STEPS, 1e-4 / 5e-4
+"""Learning rate times strength times steps of Torch-Pruning's CIFAR-10 recipes, and what an epoch of theirs adds."""
+
+
+def regularised(pruner: Callable[..., Any], importance: Callable[[], Any]) -> Callable[[Subject], nn.Module]:
+    """A copy of the subject's model, fine-tuned under one of Torch-Pruning's regularising pruners.
+
+    In fewer steps than upstream takes, so much stronger.
+    """
+
+    @lru_cache(maxsize=1)
+    def train(subject: Subject) -> nn.Module:
+        model, settings = copy.deepcopy(subject.model), subject.finetuning
+        recipe = resolve(settings["objective"])
+        images = len(subject.data.train)  # type: ignore[arg-type]
+        steps = REGULARISING_EPOCHS * images / BATCH_SIZE[subject.data.name]
+        strength = UPSTREAM_SHRINKAGE / (settings["lr"] * steps)
+        growing = {"delta_reg": strength * UPSTREAM_GROWTH} if pruner is tp.pruner.GrowingRegPruner else {}
+        with borrowed(model):
+            regulariser = pruner(
+                model,
+                subject.example,
+                importance=importance(),
+                global_pruning=True,
+                reg=strength,
+                **growing,
+                **pruner_kwargs(model),
+            )
+        objective = Regularised(recipe.objective, regulariser, every=max(1, round(steps / 100)))
+        settings |= {"objective": objective, "attack": recipe.attack}
+        finetune(model, subject.train_data, epochs=REGULARISING_EPOCHS, **settings)
+        return model
+
+    return train
+
+
+@dataclass
+class Regularised:
+    """An objective, plus a term whose gradient is what a regularising pruner adds to each parameter's."""
+
+    objective: Objective
+    regulariser: Any
+    every: int
+    step: int = 0
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> Tensor:
+        loss = self.objective(model, images, labels, attack)
+        if self.step and self.step % self.every == 0 and hasattr(self.regulariser, "update_reg"):
+            self.regulariser.update_reg()
+        self.step += 1
+        with lent_gradients(model, {}):
+            self.regulariser.regularize(model)
+            pulls = [(parameter, parameter.grad) for parameter in model.parameters()]
+        return loss + torch.stack([(parameter * pull).sum() for parameter, pull in pulls if pull is not None]).sum()
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+L2 = tp.importance.MagnitudeImportance
+MAGNITUDES: dict[str, Callable[[], Any]] = {
+    "L1": partial(tp.importance.MagnitudeImportance, p=1),
+    "L2": L2,
+    "FPGM": tp.importance.FPGMImportance,
+    "LAMP": tp.importance.LAMPImportance,
+    "BN scale": tp.importance.BNScaleImportance,
+}
+GRADIENTS: dict[str, Callable[[str], Make]] = {"Taylor": taylor, "Hessian": hessian, "OBD-C": obdc}
+
+OTHERS: dict[str, Contender] = {
+    "random, uniform": Once(by_ratio(plain(tp.importance.RandomImportance), "uniform")),
+    **{
+        f"{label}, {scope}": Once(by_ratio(plain(importance), scope))
+        for label, importance in MAGNITUDES.items()
+        for scope in SCOPES
+        if (label, scope) != ("LAMP", "uniform")  # which ranks each group's channels as L2 does
+    },
+    **{
+        f"{label} ({kind}), {scope}": Once(by_ratio(make(kind), scope))
+        for label, make in GRADIENTS.items()
+        for kind in ("adversarial", "clean")
+        for scope in SCOPES
+    },
+    "BNScalePruner": Once(
+        by_ratio(
+            plain(tp.importance.BNScaleImportance),
+            "global",
+            regularised(tp.pruner.BNScalePruner, tp.importance.BNScaleImportance),
+        )
+    ),
+    "GroupNormPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GroupNormPruner, L2))),
+    "GrowingRegPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GrowingRegPruner, L2))),
+    "prune and measure, L2": Once(allocated(plain(L2), tried)),
+}
+
+OURS: dict[str, Contender] = {
+    "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
+    "MRS allocate + Taylor": Once(allocated(taylor("adversarial"), sensitivity)),
+    "MRS allocate + FPGM": Once(allocated(plain(tp.importance.FPGMImportance), sensitivity)),
+    "MRS allocate + Hessian": Once(allocated(hessian("adversarial"), sensitivity)),
+    "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
+    "MRSImportance + L2, global": Once(by_ratio(mrs("magnitude"), "global")),
+    "mrpf, 2 rounds, L2": in_rounds(2, base="magnitude"),
+}
+
+ABLATIONS: dict[str, Contender] = {
+    "without coupling: largest layer, L2": Once(allocated(plain(L2), largest_member)),
+    "without attack: clean sensitivity, L2": Once(allocated(plain(L2), clean_sensitivity)),
+    "without MRS: α = 0, L2": Once(allocated(plain(L2), sensitivity, alpha=0.0)),
+}
+
+CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **ABLATIONS}
+MAIN = "MRS allocate + L2"
+"""The one that others are compared with, pair by pair; settled before any of these results was seen."""

@@ -1,0 +1,365 @@
+"""Tables and plots of the cells that `python -m benchmarks.run` has made: `python -m benchmarks.report`.
+
+The same cells give the same bytes. A difference is between two contenders on the same images and from the same dense
+networks; its 95% interval comes from a bootstrap over seeds, and over images within each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS
+from benchmarks.run import CELLS, FORMAT
+from benchmarks.tables import FOLDER, RESULTS, fill, markdown
+from tp_mrs.files import read_json, write_bytes
+from tp_mrs.plotting import BLUE, GREEN, ORANGE
+
+ATTACK = "pgd-20"
+RESAMPLES = 2000
+GREY = "#999999"
+
+
+class Key(NamedTuple):
+    """What contenders are compared on."""
+
+    data: str
+    network: str
+    measure: str
+    target: float
+
+    @property
+    def subject(self) -> str:
+        return f"{self.data}, {self.network}"
+
+    def __str__(self) -> str:
+        return f"{self.target:.0%} of the {'MACs' if self.measure == 'macs' else self.measure}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cells of one network and budget: contender → seed → cell; and the dense networks, by seed."""
+
+    key: Key
+    cells: dict[str, dict[int, dict[str, Any]]]
+    dense: dict[int, dict[str, Any]]
+
+    def points(self) -> list[str]:
+        """Epochs of fine-tuning that any contender has results for."""
+        found = {point for seeds in self.cells.values() for cell in seeds.values() for point in cell.get("curve", {})}
+        return sorted(found, key=float)
+
+    def seeds(self, contender: str, point: str) -> list[int]:
+        return sorted(seed for seed, cell in self.cells.get(contender, {}).items() if point in cell.get("curve", {}))
+
+    def common(self, point: str) -> list[str]:
+        """Contenders with results for all seeds that the main one has."""
+        wanted = self.seeds(MAIN, point)
+        return [name for name in CONTENDERS if wanted and set(wanted) <= set(self.seeds(name, point))]
+
+    def accuracy(self, contender: str, point: str, attack: str = ATTACK) -> float:
+        """Mean over seeds, in %."""
+        seeds = self.seeds(contender, point)
+        return 100 * statistics.mean(self.cells[contender][seed]["curve"][point][attack] for seed in seeds)
+
+    def size(self, contender: str, measure: str) -> float:
+        return 100 * statistics.mean(cell[measure] for cell in self.cells[contender].values() if measure in cell)
+
+    def outcomes(self, contender: str, point: str) -> list[np.ndarray[Any, Any]]:
+        """Of each seed of the main contender: whether each image was right."""
+        return [right(self.cells[contender][seed], point) for seed in self.seeds(MAIN, point)]
+
+    def lead(self, contender: str, point: str) -> tuple[float, float, float]:
+        """The main contender's robust accuracy less this one's, in points, and its 95% interval."""
+        pairs = zip(self.outcomes(MAIN, point), self.outcomes(contender, point), strict=True)
+        return bootstrap([ours - theirs for ours, theirs in pairs])
+
+    def best_other(self, point: str) -> str | None:
+        """Of Torch-Pruning's, by the mean over the same seeds and images, which favours it."""
+        others = [name for name in self.common(point) if name in OTHERS]
+        return max(others, key=lambda name: self.accuracy(name, point), default=None)
+
+
+def right(cell: dict[str, Any], point: str) -> np.ndarray[Any, Any]:
+    """Of each test image, 1.0 if it was classified correctly under attack, else 0.0."""
+    packed = np.frombuffer(bytes.fromhex(cell["curve"][point]["outcomes"][ATTACK]), dtype=np.uint8)
+    return np.unpackbits(packed, count=cell["settings"]["test_images"]).astype(float)
+
+
+def bootstrap(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float, float]:
+    """Mean in points and 95% interval, resampling seeds, and images within each."""
+    random, seeds = np.random.default_rng(0), len(samples)
+    means = np.stack([_resampled(random, sample) for sample in samples])
+    drawn = means[random.integers(seeds, size=(RESAMPLES, seeds)), np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return 100 * float(np.mean([sample.mean() for sample in samples])), 100 * float(low), 100 * float(high)
+
+
+def _resampled(random: np.random.Generator, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+
+
+def comparisons(folder: Path) -> list[Comparison]:
+    """All there is, by network and budget."""
+    found: dict[Key, dict[str, dict[int, dict[str, Any]]]] = {}
+    dense: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*/dense-*.json")):
+        cell = read_json(path, FORMAT)
+        dense.setdefault((cell["data"], cell["network"]), {})[cell["seed"]] = cell
+    for path in sorted(folder.glob("*/*/*.json")):
+        cell = read_json(path, FORMAT)
+        key = Key(cell["data"], cell["network"], *cell["budget"])
+        found.setdefault(key, {}).setdefault(cell["contender"], {})[cell["seed"]] = cell
+    order = sorted(found, key=lambda key: (key.data, key.network, key.measure, -key.target))
+    return [Comparison(key, found[key], dense[key.data, key.network]) for key in order]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def summary(found: Iterable[Comparison]) -> str:
+    """Ours beside the best of the others at each budget and amount of fine-tuning."""
+    rows = []
+    for comparison in found:
+        for point in comparison.points():
+            best = comparison.best_other(point)
+            if best is not None:
+                seeds = comparison.seeds(MAIN, point)
+                dense = 100 * statistics.mean(comparison.dense[seed][ATTACK] for seed in seeds)
+                rows.append(
+                    [
+                        f"{comparison.key.subject}, {comparison.key}",
+                        epochs_text(point),
+                        str(len(seeds)),
+                        f"{dense:.1f}",
+                        f"{comparison.accuracy(MAIN, point):.1f}",
+                        f"{comparison.accuracy(best, point):.1f} ({best})",
+                        lead_text(comparison.lead(best, point)),
+                    ]
+                )
+    header = ["network, budget", "fine-tuning", "seeds", "dense", MAIN, "best other", "difference"]
+    return markdown(header, rows) if rows else ""
+
+
+def epochs_text(point: str) -> str:
+    return "none" if float(point) == 0 else f"{point} epoch{'s' if float(point) != 1 else ''}"
+
+
+def lead_text(lead: tuple[float, float, float]) -> str:
+    mean, low, high = lead
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def budget_table(comparison: Comparison) -> str:
+    """Every contender at one budget."""
+    points = [point for point in comparison.points() if comparison.seeds(MAIN, point)]
+    header = ["", "MACs", "params"]
+    for point in points:
+        name = "one shot" if float(point) == 0 else epochs_text(point)
+        header += [f"clean, {name}", f"PGD-20, {name}", f"{MAIN} less this"]
+    rows = []
+    for name in CONTENDERS:
+        cells = comparison.cells.get(name, {})
+        if not any("curve" in cell for cell in cells.values()):
+            continue
+        row = [f"**{name}**" if name in OURS else name]
+        row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
+        for point in points:
+            seeds = comparison.seeds(name, point)
+            row += [f"{comparison.accuracy(name, point, of):.1f}" if seeds else "" for of in ("clean", ATTACK)]
+            shown = name != MAIN and name in comparison.common(point)
+            row.append(lead_text(comparison.lead(name, point)) if shown else "")
+        rows.append(row)
+    first = next(iter(comparison.dense.values()))
+    dense = ", ".join(f"{100 * cell['clean']:.1f} / {100 * cell[ATTACK]:.1f}" for cell in comparison.dense.values())
+    numbers = sorted({len(comparison.seeds(name, points[0])) for name in comparison.cells} - {0}) if points else []
+    text = (
+        f"**{comparison.key.subject}, {comparison.key}**; eps {first['settings']['eps']}, "
+        f"{first['settings']['test_images']} test images, dense {dense} (clean / PGD-20 of each seed), "
+        f"{' or '.join(map(str, numbers))} seed{'s' if numbers != [1] else ''}."
+    )
+    failed = {name: cell["failed"] for name, of in comparison.cells.items() for cell in of.values() if "failed" in cell}
+    notes = "".join(f"\n\n{name}: {why}" for name, why in failed.items())
+    return f"{text}\n\n{markdown(header, rows)}{notes}"
+
+
+def rank_table(found: Sequence[Comparison]) -> str:
+    """Mean rank over all networks and budgets, one shot, of contenders that took part in all."""
+    found = [comparison for comparison in found if comparison.seeds(MAIN, "0")]
+    names = [name for name in CONTENDERS if found and all(name in comparison.common("0") for comparison in found)]
+    if len(names) < 2:
+        return ""
+    ranks: dict[str, list[int]] = {name: [] for name in names}
+    for comparison in found:
+        for place, name in enumerate(sorted(names, key=lambda name: -comparison.accuracy(name, "0")), start=1):
+            ranks[name].append(place)
+    ordered = sorted(names, key=lambda name: statistics.mean(ranks[name]))
+    rows = [
+        [
+            f"**{name}**" if name in OURS else name,
+            f"{statistics.mean(ranks[name]):.1f}",
+            " ".join(map(str, ranks[name])),
+        ]
+        for name in ordered
+    ]
+    title = "**Ranks**, one shot, by PGD-20: mean over these networks and budgets, and each: "
+    return (
+        title + "; ".join(f"{c.key.subject}, {c.key}" for c in found) + f".\n\n{markdown(['', 'mean', 'each'], rows)}"
+    )
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+SHOWN: dict[str, tuple[str, str]] = {
+    MAIN: (BLUE, "o"),
+    "MRSImportance + Taylor, global": (GREEN, "s"),
+    "L2, uniform": (ORANGE, "^"),
+    "L2, global": ("#E69F00", "v"),
+    "Taylor (adversarial), global": ("#CC79A7", "D"),
+    "random, uniform": (GREY, "x"),
+}
+"""Contender → colour (Okabe and Ito) and marker."""
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in found:
+        groups.setdefault(comparison.key.subject, []).append(comparison)
+    return groups
+
+
+def spread(comparison: Comparison, name: str, point: str) -> tuple[float, float, float]:
+    """Robust accuracy in %, and its 95% interval over seeds and images."""
+    return bootstrap([right(comparison.cells[name][seed], point) for seed in comparison.seeds(name, point)])
+
+
+def draw(axis: Axes, name: str, xs: Sequence[float], found: Sequence[tuple[float, float, float]]) -> None:
+    colour, marker = SHOWN[name]
+    means, lows, highs = np.array(found).T
+    width = 2.4 if name == MAIN else 1.4
+    bars = [np.maximum(means - lows, 0), np.maximum(highs - means, 0)]
+    axis.errorbar(
+        xs, means, yerr=bars, color=colour, marker=marker, label=name, linewidth=width, capsize=2, markersize=5
+    )
+
+
+def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str = "PGD-20 accuracy (%)") -> None:
+    for axis in axes:
+        axis.set_ylabel(ylabel)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
+    """Robust accuracy against MACs, one shot."""
+    groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
+    if groups:
+        figure, axes = panels(len(groups))
+        for axis, (subject, ours) in zip(axes, groups.items(), strict=True):
+            for name in SHOWN:
+                there = [one for one in ours if one.seeds(name, "0")]
+                if there:
+                    draw(
+                        axis, name, [one.size(name, "macs") for one in there], [spread(one, name, "0") for one in there]
+                    )
+            dense = statistics.mean(100 * cell[ATTACK] for cell in ours[0].dense.values())
+            axis.axhline(dense, color="black", linestyle=":", label="dense")
+            axis.set_title(subject, fontsize="medium")
+            axis.set_xlabel("MACs left (%), no fine-tuning")
+        finish(figure, axes, path)
+
+
+def plot_curves(found: Sequence[Comparison], path: Path) -> None:
+    """Robust accuracy against epochs of fine-tuning."""
+    curves = [one for one in found if len([point for point in one.points() if one.seeds(MAIN, point)]) > 2]
+    if curves:
+        figure, axes = panels(len(curves))
+        for axis, one in zip(axes, curves, strict=True):
+            for name in SHOWN:
+                points = [point for point in one.points() if one.seeds(name, point)]
+                if points:
+                    draw(axis, name, [float(point) for point in points], [spread(one, name, point) for point in points])
+            axis.axhline(
+                statistics.mean(100 * cell[ATTACK] for cell in one.dense.values()),
+                color="black",
+                linestyle=":",
+                label="dense",
+            )
+            axis.set_xscale("symlog", linthresh=0.1)
+            ticks = [float(point) for point in one.points()]
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
+            axis.set_xlabel("epochs of fine-tuning")
+        finish(figure, axes, path)
+
+
+def plot_widths(found: Sequence[Comparison], path: Path) -> None:
+    """Channels that each layer keeps, of the first seed, at the smallest budget of MACs of each network."""
+    groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
+    if groups:
+        figure, axes = panels(len(groups))
+        for axis, ours in zip(axes, groups.values(), strict=True):
+            one = min(ours, key=lambda one: one.key.target)
+            seed = one.seeds(MAIN, "0")[0]
+            dense = one.dense[seed]["widths"]
+            for name, (colour, marker) in SHOWN.items():
+                cell = one.cells.get(name, {}).get(seed)
+                if cell and "widths" in cell:
+                    kept = [100 * cell["widths"][layer] / width for layer, width in dense.items()]
+                    axis.plot(
+                        range(len(kept)), kept, color=colour, marker=marker, markersize=4, linewidth=1, label=name
+                    )
+            axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
+            axis.set_xlabel("layer, from input to output")
+        finish(figure, axes, path, "output channels kept (%)")
+
+
+PLOTS: dict[str, Callable[[Sequence[Comparison], Path], None]] = {
+    "pruners-budgets.png": plot_budgets,
+    "pruners-curves.png": plot_curves,
+    "pruners-widths.png": plot_widths,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=Path, default=CELLS, help="folder of the cells (default: the committed ones)")
+    parser.add_argument("--out", type=Path, help="folder for report.md and plots, instead of the README files")
+    arguments = parser.parse_args()
+    found = comparisons(arguments.cells)
+    short = summary(found)
+    text = "\n\n".join(part for part in [short, rank_table(found), *map(budget_table, found)] if part)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_bytes(arguments.out / "report.md", f"{text}\n".encode())
+    else:
+        fill("pruners", text)
+        fill("pruners_summary", short, FOLDER.parent / "README.md")
+    for name, plot in PLOTS.items():
+        plot(found, (arguments.out or RESULTS) / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Prune adversarially trained networks by every contender to the same budgets, fine-tune alike, and evaluate.
+
+    python -m benchmarks.run --tier smoke --out DIR
+    python -m benchmarks.run --tier cpu --data-dir DIR --jobs 2
+    python -m benchmarks.run --tier cpu --networks digits/vgg11_bn --seeds 0 --contenders "L2, uniform" "L2, global"
+    python -m benchmarks.report
+
+Each cell (network, budget, contender, seed) is a JSON file in benchmarks/results/cells/. What is there is not done
+again: a run can be stopped and started at any time, and a wider one adds what is missing, also to cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Subject
+from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
+from benchmarks.tables import RESULTS, provenance
+from tp_mrs import evaluate
+from tp_mrs.allocation import amount
+from tp_mrs.data import load_data, make_loader, random_subset
+from tp_mrs.errors import DivergenceError, InputError
+from tp_mrs.files import read_json, write_json
+from tp_mrs.pruning import LAYERS
+
+FORMAT = "tp_mrs.pruners/1"
+CELLS = RESULTS / "cells"
+
+ATTACKS = ("pgd-20",)
+
+
+class Work(NamedTuple):
+    """One dense network to prune to one budget."""
+
+    data: str
+    network: str
+    budget: Budget
+    seed: int
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What to run: in this order, seeds first, so that the first results come early.
+
+    Attributes:
+        grid: data and network → budgets → epochs of fine-tuning (0: none).
+        contenders: by name.
+    """
+
+    grid: Mapping[tuple[str, str], Mapping[Budget, Sequence[float]]]
+    seeds: Sequence[int] = (0, 1, 2)
+    contenders: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
+    test_images: int = 500
+
+    def work(self) -> Iterator[tuple[Work, Sequence[float]]]:
+        for seed in self.seeds:
+            for (data, network), budgets in self.grid.items():
+                for budget, epochs in budgets.items():
+                    yield Work(data, network, budget, seed), epochs
+
+
+def budgets(macs: Mapping[float, Sequence[float]], params: Mapping[float, Sequence[float]]) -> dict[Budget, Any]:
+    return {
+        Budget(name, target): epochs
+        for name, of in (("macs", macs), ("params", params))
+        for target, epochs in of.items()
+    }
+
+
+CURVE = (0, 0.25, 1, 4)
+TIERS = {
+    "smoke": Tier(
+        {("digits", "narrowest resnet18"): budgets({0.5: (0, 1)}, {})},
+        seeds=(0,),
+        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "MRS allocate + L2"),
+        test_images=100,
+    ),
+    "cpu": Tier(
+        {
+            ("cifar10", "resnet18"): budgets({0.6: (0,), 0.5: (0, 0.1, 0.25, 1)}, {0.5: (0,)}),
+            ("digits", "narrow resnet18"): budgets({0.25: CURVE, 0.5: CURVE, 0.75: (0,), 0.1: CURVE}, {0.25: (0,)}),
+            ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
+            ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
+        }
+    ),
+}
+
+
+# --- a cell ----------------------------------------------------------------------------------------------------------
+
+
+class Cell:
+    """A JSON file, read if it is there and written whenever something is added.
+
+    Raises:
+        InputError: what is there was made with other settings.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"format": FORMAT, **head, "settings": settings}
+        if path.exists():
+            self.content = read_json(path, FORMAT)
+            if self.content["settings"] != json.loads(json.dumps(settings)):
+                raise InputError(f"out: {path} was made with other settings; remove it, or choose another folder")
+
+    def add(self, **found: Any) -> None:
+        self.content |= {**found, **provenance()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+
+def path_of(folder: Path, work: Work, contender: str) -> Path:
+    """Where its cell lies."""
+    budget = f"{work.budget.measure}-{100 * work.budget.target:g}"
+    return network_folder(folder, work) / budget / f"{slug(contender)}-{work.seed}.json"
+
+
+def network_folder(folder: Path, work: Work) -> Path:
+    return folder / slug(f"{work.data} {work.network}")
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+
+
+def settings_of(work: Work, test_images: int) -> dict[str, Any]:
+    return {
+        **NETWORKS[work.data, work.network],
+        "training": TRAINING[work.data],
+        "finetuning": FINETUNING[work.data],
+        "batch_size": BATCH_SIZE[work.data],
+        "eps": EPS[work.data],
+        "attack": ATTACK,
+        "calibration_images": CALIBRATION_IMAGES,
+        "test_images": test_images,
+    }
+
+
+def assess(model: nn.Module, subject: Subject, images: int) -> dict[str, Any]:
+    """Accuracies, and whether each test image was right."""
+    test = make_loader(random_subset(subject.data.test, images, seed=0), batch_size=250)
+    model = model.to(memory_format=torch.channels_last)
+    found = evaluate(model, test, ATTACKS, eps=subject.eps, latency=False, progress=False)
+    return {"clean": found.clean, **found.robust, "outcomes": found.outcomes, "warnings": found.warnings}
+
+
+def sizes(model: nn.Module, subject: Subject) -> dict[str, Any]:
+    """MACs and parameters as fractions of the dense network's, and the output channels of each layer."""
+    layers = {name: len(layer.weight) for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    measures = ("macs", "params")
+    dense, found = ([amount(each, subject.example, name) for name in measures] for each in (subject.model, model))
+    return {name: f / d for name, f, d in zip(measures, found, dense, strict=True)} | {"widths": layers}
+
+
+def do(
+    work: Work, epochs: Sequence[float], contenders: Sequence[str], test_images: int, folder: Path, data_dir: str | None
+) -> None:
+    """All missing cells of one budget and seed, and the missing points of their curves."""
+    subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
+    head = {"data": work.data, "network": work.network, "seed": work.seed}
+    settings = settings_of(work, test_images)
+    dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
+    if "clean" not in dense.content:
+        dense.add(**assess(subject.model, subject, test_images), **sizes(subject.model, subject))
+    for contender in contenders:
+        cell = Cell(path_of(folder, work, contender), {**head, "contender": contender, "budget": work.budget}, settings)
+        for point in epochs:
+            if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
+                start = time.perf_counter()
+                shown = fill_in(cell, work, contender, point, subject)
+                seconds = time.perf_counter() - start
+                budget = f"{work.budget.measure} {work.budget.target:.0%}"
+                where = f"{work.data}/{work.network} {budget} seed {work.seed}"
+                print(f"{where}  {contender}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+
+
+def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subject) -> str:
+    """Prune, fine-tune, evaluate; returns what to show of it."""
+    try:
+        model = CONTENDERS[contender](subject, work.budget, point)
+    except (InputError, DivergenceError) as error:
+        cell.add(failed=str(error))
+        return str(error)
+    found = assess(model, subject, cell.content["settings"]["test_images"])
+    cell.add(**sizes(model, subject), curve={**cell.content.get("curve", {}), f"{point:g}": found})
+    return ", ".join(f"{name} {100 * found[name]:.1f}" for name in ("clean", *ATTACKS))
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", choices=TIERS, default="smoke")
+    parser.add_argument("--data-dir", help="folder with the data sets; without it, digits only")
+    parser.add_argument("--out", type=Path, default=CELLS, help="folder for the cells (default: the committed ones)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
+    parser.add_argument("--networks", nargs="+", metavar="DATA/NAME", help="only these of the tier")
+    parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these of the tier")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
+    parser.add_argument("--epochs", type=float, nargs="+", help="only these of the tier")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
+    arguments = parser.parse_args()
+    tier = TIERS[arguments.tier]
+    seeds = arguments.seeds or tier.seeds
+    work = [
+        (one, [number for number in epochs if not arguments.epochs or number in arguments.epochs])
+        for one, epochs in Tier(tier.grid, seeds).work()
+        if (arguments.data_dir or one.data == "digits")
+        and (not arguments.networks or f"{one.data}/{one.network}" in arguments.networks)
+        and (not arguments.budgets or f"{one.budget.measure}-{100 * one.budget.target:g}" in arguments.budgets)
+    ]
+    contenders = arguments.contenders or tier.contenders
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
+        rest = (contenders, tier.test_images, arguments.out, arguments.data_dir)
+        tasks = [pool.submit(do, one, epochs, *rest) for one, epochs in work]
+        for task in as_completed(tasks):
+            task.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The benchmark of pruners: its contenders, its cells and its report."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import nn
+
+from benchmarks import contenders as roster
+from benchmarks import report, run
+from benchmarks.contenders import CONTENDERS, MAIN, Budget, Regularised, Subject, allocated, plain
+from tp_mrs.allocation import amount
+from tp_mrs.data import load_data
+from tp_mrs.errors import InputError
+from tp_mrs.files import read_json
+from tp_mrs.models import create_model
+from tp_mrs.objectives import standard
+from tp_mrs.pruning import build_pruner, prunable_groups, pruner_kwargs
+from tp_mrs.recalibration import recalibrate
+
+from .conftest import randomised
+
+pytest.importorskip("sklearn")
+
+
+def tiny(*_: Any, **__: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("resnet10t", num_classes=10, in_chans=1, image_size=32, channels=[16, 20, 24, 32])
+    return randomised(model).eval()
+
+
+@pytest.fixture
+def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """An untrained network, and few images."""
+    monkeypatch.setattr(roster, "dense_network", tiny)
+    found = Subject(load_data("digits", None), "narrowest resnet18", 0)
+    found.calibration = [(images[:16], labels[:16]) for images, labels in found.calibration[:2]]
+    return found
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name in roster.OURS or "global" in name])
+def test_a_contender_meets_the_budget_and_leaves_the_dense_network_alone(subject: Subject, name: str) -> None:
+    before = copy.deepcopy(subject.model.state_dict())
+    pruned = CONTENDERS[name](subject, Budget("macs", 0.5), 0)
+    found = amount(pruned, subject.example, "macs") / amount(subject.model, subject.example, "macs")
+    assert found == pytest.approx(0.5, abs=0.03)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in subject.model.state_dict().items())
+    assert pruned(subject.example).shape == (1, 10)
+
+
+def test_squares_are_the_mean_over_images_of_squared_gradients(subject: Subject) -> None:
+    model, (images, labels) = subject.model, subject.calibration[0]
+    name, weight = next((name, p) for name, p in model.named_parameters() if p.dim() == 4)
+    expected = torch.zeros_like(weight)
+    for image, label in zip(images, labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        expected += torch.autograd.grad(loss, weight)[0].square() / len(images)
+    torch.testing.assert_close(subject.clean.squares[name], expected)
+
+
+def test_hessian_ranks_by_the_mean_square_of_all_images(subject: Subject) -> None:
+    """Upstream would take those of the last one."""
+    model = copy.deepcopy(subject.model)
+    pruner = build_pruner(model, subject.example)
+    group = next(iter(pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types)))
+    scores = roster.hessian("clean")(subject, model)(group)
+    by_hand = torch.zeros(len(scores), dtype=torch.float64)
+    names = {module: name for name, module in model.named_modules()}
+    members = 0
+    for dependency, indices in group:
+        module, squares = (
+            dependency.target.module,
+            subject.clean.squares.get(f"{names.get(dependency.target.module)}.weight"),
+        )
+        if squares is None:
+            continue
+        members += 1
+        product = (module.weight.detach().square() * squares).double()
+        side = 0 if product.dim() == 1 or pruner.DG.is_out_channel_pruning_fn(dependency.handler) else 1
+        by_hand += product.transpose(0, side).reshape(product.shape[side], -1).sum(1)[indices]
+    torch.testing.assert_close(scores.double(), by_hand / members / (by_hand / members).mean())
+
+
+def test_regularised_adds_what_the_pruner_adds_to_gradients(subject: Subject) -> None:
+    model = copy.deepcopy(subject.model)
+    arguments = pruner_kwargs(model)
+    pruner = tp.pruner.GroupNormPruner(
+        model, subject.example, importance=tp.importance.MagnitudeImportance(), reg=0.3, **arguments
+    )
+    model.eval()
+    images, labels = subject.calibration[0]
+    F.cross_entropy(model(images), labels).backward()
+    pruner.regularize(model)
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    Regularised(standard, pruner, every=1)(model, images, labels, lambda images, labels: images).backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_dead_group_costs_nothing_to_prune_on_trial(subject: Subject) -> None:
+    groups = prunable_groups(subject.model, subject.example)
+    dead = next(group for group in groups if group.name.endswith("layer1.0.conv1"))
+    parameters = dict(subject.model.named_parameters())
+    with torch.no_grad():
+        for name in ("bn1.weight", "bn1.bias"):
+            parameters[dead.name.replace("conv1", name)].zero_()
+        model = recalibrate(subject.model, subject.calibration, progress=False)
+        subject.calibration = [(images, model(images).argmax(1)) for images, _ in subject.calibration]
+    subject.eps = 1e-6  # hardly an attack: an untrained network, which is right by its own standard, withstands no more
+    scores = roster.tried(subject)
+    assert list(scores) == [group.name for group in groups]
+    assert scores[dead.name] == 0.5 / roster.TRIED_IMAGES < max(scores.values())
+
+
+def test_scores_of_your_own(subject: Subject) -> None:
+    """A group that matters far more than the others keeps its channels."""
+    groups = prunable_groups(subject.model, subject.example)
+    scores = {group.name: 1.0 for group in groups} | {groups[-1].name: 1e6}
+    pruned = allocated(plain(roster.L2), lambda subject: scores)(subject, Budget("macs", 0.6))
+    widths = {name: len(parameter) for name, parameter in pruned.named_parameters()}
+    assert widths[f"{groups[-1].name}.weight"] == groups[-1].units
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+WORK = run.Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
+FEW = ("random, uniform", "L2, uniform", MAIN)
+
+
+@pytest.fixture
+def cells(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(run, "Subject", lambda *_: subject)
+    run.do(WORK, (0,), FEW, 20, tmp_path, None)
+    return tmp_path
+
+
+def test_what_is_there_is_not_done_again(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in cells.rglob("*.json")}
+    assert len(before) == 1 + len(FEW)
+    monkeypatch.setattr(run, "CONTENDERS", {})
+    run.do(WORK, (0,), FEW, 20, cells, None)
+    assert {path: path.read_bytes() for path in cells.rglob("*.json")} == before
+
+
+def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
+    path = run.path_of(cells, WORK, MAIN)
+    one_shot = read_json(path, run.FORMAT)["curve"]["0"]
+    run.do(WORK, (0, 0.02), (MAIN,), 20, cells, None)
+    curve = read_json(path, run.FORMAT)["curve"]
+    assert list(curve) == ["0", "0.02"]
+    assert curve["0"] == one_shot
+
+
+def test_other_settings_are_refused(cells: Path) -> None:
+    with pytest.raises(InputError, match=r"^out: .* made with other settings; remove it"):
+        run.do(WORK, (0,), FEW, 30, cells, None)
+
+
+def test_a_contender_that_cannot_meet_the_budget_is_reported(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> nn.Module:
+        raise InputError("macs: out of reach")
+
+    monkeypatch.setattr(run, "Subject", lambda *_: subject)
+    monkeypatch.setattr(run, "CONTENDERS", {**CONTENDERS, "L2, uniform": refuse})
+    run.do(WORK, (0,), ("L2, uniform", MAIN), 20, tmp_path, None)
+    (comparison,) = report.comparisons(tmp_path)
+    assert comparison.common("0") == [MAIN]
+    assert "L2, uniform: macs: out of reach" in report.budget_table(comparison)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_made_from_the_cells_byte_for_byte(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for name in ("one", "two"):
+        monkeypatch.setattr("sys.argv", ["report", "--cells", str(cells), "--out", str(cells / name)])
+        report.main()
+        made.append({path.name: path.read_bytes() for path in (cells / name).iterdir()})
+    assert made[0] == made[1]
+    assert set(made[0]) == {"report.md", "pruners-budgets.png", "pruners-widths.png"}
+    text = made[0]["report.md"].decode()
+    accuracy = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)["curve"]["0"]["pgd-20"]
+    assert f"| **{MAIN}** |" in text
+    assert f"{100 * accuracy:.1f} |" in text
+
+
+def cell(seed: int, right: str, images: int) -> dict[str, Any]:
+    packed = np.packbits([int(bit) for bit in right]).tobytes().hex()
+    value = right.count("1") / images
+    point = {"clean": 1.0, "pgd-20": value, "outcomes": {"pgd-20": packed}}
+    return {"seed": seed, "settings": {"test_images": images}, "curve": {"0": point}, "macs": 0.5, "params": 0.5}
+
+
+def test_leads_are_paired_by_image_and_seed() -> None:
+    """By hand: 10 images, two seeds; ours is right on 3 and 1 images more."""
+    ours = {0: cell(0, "1111100000", 10), 1: cell(1, "1111111111", 10)}
+    theirs = {0: cell(0, "1100000000", 10), 1: cell(1, "1111111110", 10)}
+    key = report.Key("digits", "net", "macs", 0.5)
+    comparison = report.Comparison(key, {MAIN: ours, "L2, uniform": theirs, "L2, global": {0: theirs[0]}}, {})
+    mean, low, high = comparison.lead("L2, uniform", "0")
+    assert mean == pytest.approx(20)
+    assert 0 <= low < 20 < high <= 70
+    assert comparison.best_other("0") == "L2, uniform"  # the other one lacks a seed
+    assert comparison.lead(MAIN, "0") == (0, 0, 0)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of 200 experiments with many seeds; fewer seeds make it rougher."""
+    random, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        samples = [(random.random(50) < 0.3).astype(float) for _ in range(10)]
+        _, low, high = report.bootstrap(samples)
+        inside += low <= 30 <= high
+    assert 0.88 <= inside / 200 <= 1
+
+
+def test_images_are_counted_without_padding() -> None:
+    """Ten bits fill two bytes."""
+    assert report.right(cell(0, "1000000001", 10), "0").tolist() == [1, *[0] * 8, 1]
