@@ -34,7 +34,7 @@ import torchattacks
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from benchmarks.contenders import MeasuredBefore
+from benchmarks.contenders import MeasuredBefore, weaker_halves
 from benchmarks.networks import EPS, NETWORKS, dense
 from benchmarks.references import converged, mean_loss, rift
 from benchmarks.tables import RESULTS, fill, markdown, provenance
@@ -46,7 +46,7 @@ from tp_mrs.files import read_json, write_json
 from tp_mrs.importance import MRSImportance
 from tp_mrs.measuring import measure, measured_weights
 from tp_mrs.numerics import Precision
-from tp_mrs.pruning import LAYERS, build_pruner, prunable_groups, prune_by_ratio, rooted_groups
+from tp_mrs.pruning import prunable_groups, prune_by_ratio
 from tp_mrs.sensitivity import FEWEST_BLOCKS, combined
 from tp_mrs.uncertainty import Array
 
@@ -317,30 +317,6 @@ class Pruning:
         taylor.shared = self.measurement
         prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, taylor)
         return pruned.to(memory_format=torch.channels_last)
-
-
-def weaker_halves(model: nn.Module, example: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Group → √(Σ (w · ∂R/∂w)²) over the weights that go with the half of its units for which this is smallest.
-
-    It is what losing that half costs to first order, as a root mean square, had the weights' parts random signs.
-    """
-    pruner = build_pruner(model, example)
-    names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for group in rooted_groups(pruner):
-        parts = torch.zeros(group.units, dtype=torch.float64)
-        for item in group.raw:
-            layer = item.dep.target.module
-            if not isinstance(layer, LAYERS) or names.get(layer) is None:
-                continue
-            grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-            side = 0 if grouped or pruner.DG.is_out_channel_pruning_fn(item.dep.handler) else 1
-            product = (layer.weight.detach() * gradients[f"{names[layer]}.weight"]).double().square()
-            by_channel = product.transpose(0, side).flatten(1).sum(1)
-            units = torch.tensor([index % group.units for index in item.root_idxs])
-            parts.index_add_(0, units, by_channel[item.idxs])
-        found[names[group.root]] = float(parts.sort().values[: max(1, group.units // 2)].sum().sqrt())
-    return found
 
 
 def losses_under_attack(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> Tensor:
