@@ -204,6 +204,7 @@ def made_up(shares: dict[str, list[float]], sizes: dict[str, int] | None = None)
         robust_accuracy=0.5,
         blocks=(10,) * len(next(iter(shares.values()))),
         shares={name: tuple(values) for name, values in shares.items()},
+        units=dict.fromkeys(shares, (1.0,)),
     )
 
 
@@ -328,7 +329,7 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
 
 def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    path.write_text('{"format": "tp_mrs.sensitivity/2", "modules": {}}')
+    path.write_text('{"format": "tp_mrs.sensitivity/3", "modules": {}}')
     with pytest.raises(InputError, match="lacks parts"):
         Sensitivity.load(path)
 

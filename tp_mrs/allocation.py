@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch_pruning as tp
 from torch import Tensor, nn
 
@@ -17,9 +18,12 @@ from .errors import InputError, check_count, check_example_inputs, check_number
 from .importance import geometric_mean, relative_weight
 from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio
 from .sensitivity import Sensitivity
+from .uncertainty import Array
 
 TOLERANCE = 0.01
 """How far the pruned model may be from the target, as a fraction of the target."""
+
+_SMALLEST_COST = 1e-12
 
 Kept = dict[str, int]
 """Units kept of each group."""
@@ -39,17 +43,19 @@ def allocate(
 ) -> dict[nn.Module, float]:
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
-    Group g loses the fraction `r_g = min(λ · (c_g / T_g)^α, 1 − min_keep)` of its channels: T_g is its typical
-    sensitivity (see `Sensitivity.typical`), c_g its part of the cost, which removing all of it would save but for what
-    it shares with others. With α = 1 each multiply-accumulate (or parameter, or channel) saved adds equally to
-    Σ T_g r_g², as at its minimum: robust loss taken to rise with the square of the fraction, as the weakest channels go
-    first. λ is found by bisection; channels lost to rounding go to the groups that rounding hurt most. The budget is
-    then counted on a pruned copy of the model.
+    Each group loses as many units (channels that go together) as have a small sensitivity for what they cost: those
+    with `T_u² / c_u ≤ λ` at α = 1, where T_u is the unit's typical sensitivity (`Sensitivity.units`) and c_u what
+    removing it saves. That is the least Σ T_u² for the budget; squares add up, as of independent changes. For other α
+    it is `q · (T_u² / (q c_u))^α ≤ λ`, q being the fraction of the group's units that are no more sensitive than u, so
+    that at α = 0 all groups lose the same fraction. λ is found by bisection; channels lost to rounding go to the groups
+    that rounding hurt most. The budget is then counted on a pruned copy of the model. Which channels go is up to the
+    importance that you prune with.
 
     Args:
         model: the model that `sensitivity` was measured on; stays as it is.
         example_inputs: (N, C, H, W), on the model's device.
-        sensitivity: from `measure_sensitivity`; or scores of your own, name of each of its groups → a number ≥ 0.
+        sensitivity: from `measure_sensitivity`; or scores of your own, name of each of its groups → a number T_g ≥ 0.
+            Units then count as if they rose evenly to it: group g loses the fraction `λ · (c_g / T_g)^α`.
         macs, params, channels: the budget, as a fraction of the model's multiply-accumulates, parameters, or prunable
             channels; give exactly one, in (0, 1].
         alpha: how much cost and sensitivity count. 0 prunes all groups alike.
@@ -61,9 +67,9 @@ def allocate(
         (not `global_pruning`) pruner made with `**tp_mrs.pruner_kwargs(model)`.
 
     Notes:
-        With the worst case MRS_g in place of T_g, wide late layers are kept whole at the cost of narrow early ones,
-        because the worst direction counts for more in more dimensions; robust accuracy after much pruning is
-        lower (benchmarks/README.md).
+        Groups differ in how many of their units hardly matter, which no score of a whole group tells: going by the
+        units' sensitivities keeps more robustness than by `Sensitivity.typical`, and that more than by the worst
+        case MRS_g, which spares wide late layers at the cost of narrow early ones (benchmarks/README.md).
 
     Raises:
         InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
@@ -72,10 +78,10 @@ def allocate(
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
-    scores = _scores(sensitivity, groups)
+    losses = _losses(sensitivity, groups)
     if isinstance(sensitivity, Sensitivity):
         _check_sizes(model, sensitivity.sizes)
-    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), scores, alpha, min_keep, round_to)
+    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), losses, alpha, min_keep, round_to)
     dense = amount(model, example_inputs, measure)
     kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
     modules = dict(model.named_modules())
@@ -102,14 +108,43 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
         check_count("round_to", round_to)
 
 
-def _scores(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+def _losses(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, Array]:
+    """What losing each unit of each group costs, ascending, (units,); on any scale."""
+    if isinstance(given, Sensitivity):
+        _check_names(given.units, groups)
+        return {group.name: np.square(np.sort(given.units[group.name])) for group in groups}
+    scores = _scores(given, groups)
+    mean = geometric_mean(scores.values())
+    return {
+        group.name: relative_weight(scores[group.name], mean, 1.0) * _fractions(group.units) / group.units
+        for group in groups
+    }
+
+
+def _fractions(units: int) -> Array:
+    """1 / units, 2 / units, …, 1."""
+    return np.arange(1, units + 1) / units
+
+
+def _scores(scores: Any, groups: Sequence[Group]) -> dict[str, float]:
     """The score of each group, as a number."""
-    scores: Any = given.typical if isinstance(given, Sensitivity) else given
     if not isinstance(scores, Mapping):
         raise InputError(
             "sensitivity: expected what measure_sensitivity returns, or a score for each of its groups by name, got "
-            f"{type(given).__name__}"
+            f"{type(scores).__name__}"
         )
+    _check_names(scores, groups)
+    found = {}
+    for group in groups:
+        try:
+            found[group.name] = float(scores[group.name])
+        except (TypeError, ValueError):
+            found[group.name] = math.nan
+        check_number(f"sensitivity[{group.name!r}]", found[group.name], low=0)
+    return found
+
+
+def _check_names(scores: Mapping[str, object], groups: Sequence[Group]) -> None:
     names = [group.name for group in groups]
     missing, unknown = [n for n in names if n not in scores], [str(n)[:60] for n in scores if n not in names]
     if missing or unknown:
@@ -119,14 +154,6 @@ def _scores(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -
             f"sensitivity: its groups are not this model's ({odd}); measure it on the model you allocate for, or give "
             "a score for each group"
         )
-    found = {}
-    for name in names:
-        try:
-            found[name] = float(scores[name])
-        except (TypeError, ValueError):
-            found[name] = math.nan
-        check_number(f"sensitivity[{name!r}]", found[name], low=0)
-    return found
 
 
 def _check_sizes(model: nn.Module, sizes: Mapping[str, int]) -> None:
@@ -170,24 +197,28 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that decides how many units each group keeps. Costs are fractions of the dense model's."""
+    """Everything that decides how many units each group keeps.
+
+    Costs are fractions of the dense model's; losses are ascending, one for each unit of the group.
+    """
 
     groups: Sequence[Group]
     costs: Sequence[LayerCost]
-    scores: Mapping[str, float]
+    losses: Mapping[str, Array]
     alpha: float
     min_keep: float
     round_to: int | None
 
     @cached_property
-    def weights(self) -> dict[str, float]:
-        """`(c_g / T_g)^α` of each group, up to a factor."""
-        mean = geometric_mean(self.scores.values())
+    def limits(self) -> dict[str, Array]:
+        """The λ from which on each unit of each group goes, ascending."""
         whole = {group.name: group.units for group in self.groups}
-        costs = {g.name: g.units * (self.cost(whole) - self.cost({**whole, g.name: g.units - 1})) for g in self.groups}
-        return {
-            name: costs[name] ** self.alpha / relative_weight(self.scores[name], mean, self.alpha) for name in whole
-        }
+        found = {}
+        for group in self.groups:
+            saved = max(self.cost(whole) - self.cost({**whole, group.name: group.units - 1}), _SMALLEST_COST)
+            q = _fractions(group.units)
+            found[group.name] = np.maximum.accumulate(q * (self.losses[group.name] / (q * saved)) ** self.alpha)
+        return found
 
     def choices(self, group: Group) -> list[int]:
         """Numbers of units that the group may keep, ascending."""
@@ -196,9 +227,13 @@ class _Plan:
         multiples = [units for units in range(step, group.units, step) if units >= lowest]
         return [*multiples, group.units]
 
-    def wanted(self, scale: float) -> dict[str, float]:
-        """Units that each group would keep at λ = 1 / `scale` if they could be split."""
-        return {group.name: max(1 - self.weights[group.name] / scale, 0.0) * group.units for group in self.groups}
+    def wanted(self, level: float) -> dict[str, float]:
+        """Units that each group would keep at λ = `level` if they could be split."""
+        found = {}
+        for group in self.groups:
+            limits = np.concatenate([[0.0], self.limits[group.name]])
+            found[group.name] = group.units - float(np.interp(level, limits, np.arange(group.units + 1)))
+        return found
 
     def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
         kept = {}
@@ -213,11 +248,14 @@ class _Plan:
 
     def solve(self, target: float) -> Kept:
         """A plan that costs about `target`, in the proportions wanted as far as whole units allow."""
-        low, high = 1e-12, 1e12
+        if target >= 1:
+            return {group.name: group.units for group in self.groups}
+        limits = np.concatenate([*self.limits.values(), [1.0]])
+        low, high = 1e-9 * float(limits[limits > 0].min()), 2 * float(limits.max())
         for _ in range(200):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.cost(self.rounded_down(self.wanted(middle))) <= target else (low, middle)
-        kept = self._filled(self.rounded_down(self.wanted(low)), self.wanted(high), target)
+            middle = math.sqrt(low) * math.sqrt(high)
+            low, high = (low, middle) if self.cost(self.rounded_down(self.wanted(middle))) <= target else (middle, high)
+        kept = self._filled(self.rounded_down(self.wanted(high)), self.wanted(low), target)
         return kept if self.cost(kept) >= target * (1 - TOLERANCE / 2) else self._exchanged(kept, target)
 
     def _filled(self, kept: Kept, wanted: Mapping[str, float], target: float) -> Kept:

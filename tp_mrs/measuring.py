@@ -23,6 +23,7 @@ from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather, place
 from .pruning import LAYERS, Group, prunable_groups
 from .sensitivity import Sensitivity, combined
+from .uncertainty import Array
 
 Estimator = Literal["first_order", "pga"]
 
@@ -37,6 +38,8 @@ class Measurement:
         sizes: name of each layer → number of weights.
         aliases: name of each layer that shares its weight with an earlier one → that one's name.
         gradients: name of each parameter → the robust loss's gradient.
+        spread: name of each layer that the loss depends on → how its score is spread over its channels, see
+            `channel_parts`.
         together: name of each group → the cost of the worst change of all its layers at once; empty if not asked for.
         robust_loss: in nats.
         robust_accuracy: fraction of the images.
@@ -48,6 +51,7 @@ class Measurement:
     sizes: dict[str, int]
     aliases: dict[str, str]
     gradients: dict[str, Tensor]
+    spread: dict[str, tuple[Array, Array]]
     together: dict[str, float]
     robust_loss: float
     robust_accuracy: float
@@ -58,7 +62,7 @@ class Measurement:
         """Name of each layer → its score, in nats."""
         return {name: math.fsum(shares) for name, shares in self.shares.items()}
 
-    def sensitivity(self, groups: Iterable[Group]) -> Sensitivity:
+    def sensitivity(self, groups: Sequence[Group]) -> Sensitivity:
         """The same with the coupled groups."""
         return Sensitivity(
             modules=self.modules,
@@ -68,9 +72,21 @@ class Measurement:
             robust_accuracy=self.robust_accuracy,
             blocks=self.blocks,
             shares=self.shares,
+            units={group.name: tuple(self._units(group).tolist()) for group in groups},
             together=self.together,
             settings=self.settings,
         )
+
+    def _units(self, group: Group) -> Array:
+        """The typical sensitivity of each unit of the group, see `Sensitivity.units`."""
+        squares = np.zeros(group.units)
+        first: dict[tuple[str, bool], str] = {}
+        for member in group.members:
+            layer, is_input = self.aliases.get(member.name, member.name), member.side == "in"
+            if layer in self.spread and first.setdefault((layer, is_input), member.name) == member.name:
+                parts = self.spread[layer][is_input][list(member.channels)]
+                np.add.at(squares, list(member.units), max(self.modules[layer], 0.0) ** 2 * parts)
+        return np.sqrt(squares)
 
     def typical(self, layers: Iterable[str]) -> float:
         """What a random change of these layers, of the size that MRS allows, costs; see `Sensitivity.typical`."""
@@ -210,6 +226,7 @@ def measure(
         if estimator == "pga" or groups:
             settings["steps"] = steps
         robust_loss = loss.total(base)
+    modules = dict(model.named_modules())
     found = gather((loss.sizes.tolist(), {name: share.tolist() for name, share in shares.items()}))
     return Measurement(
         shares={name: tuple(share for _, own in found for share in own[name]) for name in weights},
@@ -217,6 +234,7 @@ def measure(
         sizes={name: weight.numel() for name, weight in weights.items()},
         aliases=aliases,
         gradients=gradients,
+        spread={name: channel_parts(modules[name], weights[name], slope) for name, slope in slopes.items()},
         together=together,
         robust_loss=robust_loss,
         robust_accuracy=accuracy,
@@ -281,6 +299,21 @@ def _attacked(
     if not batches:
         raise InputError(f"data: no batch for process {number} of {count}; use smaller batches or fewer processes")
     return batches
+
+
+def channel_parts(layer: nn.Module, weight: Tensor, gradient: Tensor) -> tuple[Array, Array]:
+    """How a layer's typical sensitivity is spread over its output and its input channels: (outputs,) and (inputs,).
+
+    Σ (w · ∂R/∂w)² over the weights of each channel, over ‖θ‖² ‖∂R/∂θ‖² of all. They add up to about 1 / weights of the
+    layer if large weights meet large gradients no more often than chance has it.
+    """
+    groups, smallest = getattr(layer, "groups", 1), torch.finfo(torch.float64).tiny
+    weight, gradient = weight.detach().double(), gradient.double()
+    parts = (weight * gradient / (weight.norm() * gradient.norm()).clamp(min=smallest)).square()
+    parts = parts.reshape(groups, len(parts) // groups, parts.shape[1], -1).sum(3)
+    if getattr(layer, "transposed", False):
+        parts = parts.transpose(1, 2)
+    return parts.sum(2).flatten().cpu().numpy(), parts.sum(1).flatten().cpu().numpy()
 
 
 def check_settings(

@@ -95,7 +95,7 @@ def mrpf(
     alpha: float = 1.0,
     min_keep: float = 0.1,
     round_to: int | None = None,
-    base: BaseName | Callable[[Any], Tensor | None] = "taylor",
+    base: BaseName | Callable[[Any], Tensor | None] = "magnitude",
     epsilon: float = 0.1,
     estimator: Estimator = "first_order",
     steps: int = 5,
@@ -127,7 +127,8 @@ def mrpf(
         macs, params, channels: the budget, as a fraction of the dense model's; give exactly one.
         rounds: how many times to measure, prune and fine-tune.
         alpha, min_keep, round_to: as for `allocate`.
-        base, epsilon, estimator, steps: as for `MRSImportance`.
+        base: which channels go within a group, as for `MRSImportance`.
+        epsilon, estimator, steps: as for `MRSImportance`.
         calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
         max_batches: of the calibration data, per round.
         test_data: for evaluating before, after pruning and after fine-tuning; None to skip that.

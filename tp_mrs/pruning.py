@@ -61,11 +61,16 @@ def _classifier(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Member:
-    """One side of a layer that changes with a group: `per_unit` channels for each unit removed from the group."""
+    """One side of a layer that changes with a group: `per_unit` channels for each unit removed from the group.
+
+    `units` says for each of `channels`, by their numbers, which unit it goes with.
+    """
 
     name: str
     side: Literal["out", "in", "both"]
     per_unit: int
+    channels: tuple[int, ...]
+    units: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,15 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
 def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, str]) -> Group:
     """Torch-Pruning's group in our terms."""
     members = tuple(
-        Member(names[dependency.target.module], _side(pruner, dependency.handler), len(indices) // rooted.units)
-        for dependency, indices in rooted.raw
-        if dependency.target.module in names
+        Member(
+            names[item.dep.target.module],
+            _side(pruner, item.dep.handler),
+            len(item.idxs) // rooted.units,
+            tuple(item.idxs),
+            tuple(index % rooted.units for index in item.root_idxs),
+        )
+        for item in rooted.raw
+        if item.dep.target.module in names
     )
     layers = tuple(names[module] for module in layers_of(rooted.raw) if module in names)
     return Group(names[rooted.root], rooted.units, rooted.repeats, members, layers)

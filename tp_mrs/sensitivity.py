@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Score = Literal["modules", "groups", "typical"]
-FORMAT = "tp_mrs.sensitivity/2"
+FORMAT = "tp_mrs.sensitivity/3"
 
 FEWEST_BLOCKS = 8
 """With fewer blocks, nothing is said of uncertainty."""
@@ -42,6 +42,10 @@ class Sensitivity:
         robust_accuracy: fraction of the attacked images classified correctly.
         blocks: number of images in each block that the calibration images were split into.
         shares: name of each layer → each block's share of its sensitivity; they add up to it.
+        units: name of each group → the typical sensitivity T_u of each of its units (channels that go together), in
+            nats: T_u² = Σ MRS_i² · Σ (w ∂R/∂w)² / (‖θ_i‖² ‖∂R/∂θ_i‖²), over the layers i of the group and the weights w
+            of layer i that go with the unit. To first order it is what changing each of the unit's weights by ε of
+            itself, up or down at random, costs as a root mean square. Pruning ratios are set by this.
         together: name of each group → the cost of the worst change of all its layers at once, each in its own ball, in
             nats; empty unless it was asked for.
         settings: how it was measured.
@@ -55,6 +59,7 @@ class Sensitivity:
     robust_accuracy: float
     blocks: tuple[int, ...]
     shares: Mapping[str, tuple[float, ...]]
+    units: Mapping[str, tuple[float, ...]]
     together: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -73,7 +78,7 @@ class Sensitivity:
     def typical(self) -> dict[str, float]:
         """Name of each group → what a random change of the same size costs instead of the worst one, in nats.
 
-        To first order and as a root mean square: √(Σ MRS_i² / weights of layer i). Pruning ratios are set by this.
+        To first order and as a root mean square: √(Σ MRS_i² / weights of layer i).
         """
         return self._by_group("typical", self._scores())
 
@@ -201,7 +206,7 @@ class Sensitivity:
     def from_dict(cls, content: Mapping[str, Any]) -> Sensitivity:
         """What `to_dict` gave."""
         content = {key: value for key, value in content.items() if key not in ("format", "groups", "typical")}
-        for key in ("members", "shares"):
+        for key in ("members", "shares", "units"):
             content[key] = {name: tuple(values) for name, values in content[key].items()}
         content["blocks"] = tuple(content["blocks"])
         return cls(**content)
