@@ -58,19 +58,29 @@ class Budget(NamedTuple):
 class Subject:
     """A dense network and the images that criteria see; what several contenders need is worked out once."""
 
-    def __init__(self, data: ImageData, network: str, seed: int) -> None:
+    def __init__(
+        self,
+        data: ImageData,
+        network: str,
+        seed: int,
+        *,
+        model: nn.Module | None = None,
+        images: int = CALIBRATION_IMAGES,
+    ) -> None:
+        self._given = model
         self.data, self.network, self.seed = data, network, seed
         self.eps = parse_eps(EPS[data.name])
         self.example = torch.zeros(1, *data.shape)
-        images = random_subset(data.calibration, CALIBRATION_IMAGES, seed=seed)
-        self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(images, batch_size=128))
+        calibration = random_subset(data.calibration, images, seed=seed)
+        self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(calibration, batch_size=128))
         self.attack = named_attack(ATTACK, eps=self.eps)
         self.adversarial = Evidence(self, self.attack)
         self.clean = Evidence(self, torchattacks.VANILA)
 
     @cached_property
     def model(self) -> nn.Module:
-        return dense_network(self.data, self.network, seed=self.seed)
+        """The one given, or the trained one."""
+        return self._given or dense_network(self.data, self.network, seed=self.seed)
 
     @property
     def train_data(self) -> Any:
@@ -321,7 +331,7 @@ def weaker_half(subject: Subject) -> dict[str, float]:
 
 def tried(subject: Subject) -> dict[str, float]:
     """Group → robust accuracy that it costs to prune this group alone, by L2; at least half an image's worth."""
-    batches = subject.calibration[: TRIED_IMAGES // len(subject.calibration[0][0])]
+    batches = subject.calibration[: max(1, TRIED_IMAGES // len(subject.calibration[0][0]))]
 
     def accuracy(model: nn.Module) -> float:
         recalibrate(model, subject.calibration, progress=False)

@@ -30,19 +30,16 @@ from .conftest import randomised
 pytest.importorskip("sklearn")
 
 
-def tiny(*_: Any, **__: Any) -> nn.Module:
+def tiny() -> nn.Module:
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=10, in_chans=1, image_size=32, channels=[16, 20, 24, 32])
     return randomised(model).eval()
 
 
 @pytest.fixture
-def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
+def subject() -> Subject:
     """An untrained network, and few images."""
-    monkeypatch.setattr(roster, "dense_network", tiny)
-    found = Subject(load_data("digits", None), "narrowest resnet18", 0)
-    found.calibration = [(images[:16], labels[:16]) for images, labels in found.calibration[:2]]
-    return found
+    return Subject(load_data("digits", None), "narrowest resnet18", 0, model=tiny(), images=32)
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
