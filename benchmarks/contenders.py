@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -37,7 +37,7 @@ from tp_mrs.data import ImageData, make_loader, random_subset
 from tp_mrs.importance import lent_gradients, sorted_copy
 from tp_mrs.measuring import Measurement, measure
 from tp_mrs.objectives import Objective, resolve
-from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs, refresh, rooted_groups
+from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs, refresh
 
 ATTACK = "pgd-10"
 CALIBRATION_IMAGES, SQUARED_IMAGES, TRIED_IMAGES = 512, 128, 256
@@ -301,32 +301,9 @@ def largest_member(subject: Subject) -> dict[str, float]:
     return {group.name: max(measurement.typical([layer]) for layer in group.layers) for group in groups}
 
 
-def weaker_halves(model: nn.Module, example: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Group → √(Σ (w · ∂R/∂w)²) over the weights that go with the half of its units for which this is smallest.
-
-    It is what losing that half costs to first order, as a root mean square, had the weights' parts random signs.
-    """
-    pruner = build_pruner(model, example)
-    names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for group in rooted_groups(pruner):
-        parts = torch.zeros(group.units, dtype=torch.float64)
-        for item in group.raw:
-            layer = item.dep.target.module
-            if not isinstance(layer, LAYERS) or names.get(layer) is None:
-                continue
-            grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-            side = 0 if grouped or pruner.DG.is_out_channel_pruning_fn(item.dep.handler) else 1
-            product = (layer.weight.detach() * gradients[f"{names[layer]}.weight"]).double().square()
-            by_channel = product.transpose(0, side).flatten(1).sum(1)
-            units = torch.tensor([index % group.units for index in item.root_idxs])
-            parts.index_add_(0, units, by_channel[item.idxs])
-        found[names[group.root]] = float(parts.sort().values[: max(1, group.units // 2)].sum().sqrt())
-    return found
-
-
-def weaker_half(subject: Subject) -> dict[str, float]:
-    return weaker_halves(subject.model, subject.example, subject.adversarial.measurement.gradients)
+def whole_group(subject: Subject) -> Any:
+    """Without single channels: what a random change of all weights of a group costs."""
+    return sensitivity(subject).typical
 
 
 def tried(subject: Subject) -> dict[str, float]:
@@ -479,7 +456,7 @@ OURS: dict[str, Contender] = {
 ABLATIONS: dict[str, Contender] = {
     "without coupling: largest layer, L2": Once(allocated(plain(L2), largest_member)),
     "without attack: clean sensitivity, L2": Once(allocated(plain(L2), clean_sensitivity)),
-    "by the weaker half, L2": Once(allocated(plain(L2), weaker_half)),
+    "without channels: score of the group, L2": Once(allocated(plain(L2), whole_group)),
     "without MRS: α = 0, L2": Once(allocated(plain(L2), sensitivity, alpha=0.0)),
 }
 

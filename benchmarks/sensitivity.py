@@ -34,11 +34,11 @@ import torchattacks
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from benchmarks.contenders import MeasuredBefore, weaker_halves
+from benchmarks.contenders import MeasuredBefore
 from benchmarks.networks import EPS, NETWORKS, dense
 from benchmarks.references import converged, mean_loss, rift
 from benchmarks.tables import RESULTS, fill, markdown, provenance
-from tp_mrs import allocate, create_model, recalibrate
+from tp_mrs import Sensitivity, allocate, create_model, recalibrate
 from tp_mrs.attacks import named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.estimators import RobustLoss, first_order, projected_gradient_ascent
@@ -294,7 +294,7 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
         "sizes": sizes,
         "modules": modules,
         "together": together,
-        "weaker_half": weaker_halves(model, calibration[0][:1], pruned_by.measurement.gradients),
+        "weaker_half": weaker_halves(pruned_by.sensitivity),
         "direct": direct,
         "costs": costs,
     }
@@ -317,6 +317,14 @@ class Pruning:
         taylor.shared = self.measurement
         prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, taylor)
         return pruned.to(memory_format=torch.channels_last)
+
+
+def weaker_halves(sensitivity: Sensitivity) -> dict[str, float]:
+    """Group → √(Σ T_u²) over the half of its units for which it is smallest: what losing them costs to first order."""
+    return {
+        name: math.sqrt(math.fsum(unit**2 for unit in sorted(units)[: max(1, len(units) // 2)]))
+        for name, units in sensitivity.units.items()
+    }
 
 
 def losses_under_attack(model: nn.Module, data: ImageData, test: tuple[Tensor, Tensor]) -> Tensor:
@@ -383,7 +391,8 @@ ALPHAS, BUDGETS = (0.5, 1.0), (0.5, 0.25)
 def allocation(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     """Robust accuracy of the network at half and a quarter of its MACs, BatchNorm recalibrated.
 
-    For scores of groups, and exponents of `allocate`; `"removal, tried"` is what losing 30% of a group costs.
+    For the sensitivities of channels, which `allocate` goes by, and scores of groups, each with several exponents;
+    `"removal, tried"` is what losing 30% of a group costs.
     """
     data = load_data(data_name, folder)
     model = dense(data, name).to(memory_format=torch.channels_last)
@@ -395,14 +404,13 @@ def allocation(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     removal = {
         group: max(mean_loss(pruned_by({group: RECALIBRATED}), [batch]) - before, 1e-4) for group in sensitivity.groups
     }
-    weaker = weaker_halves(model, pruned_by.example, pruned_by.measurement.gradients)
     scores = {
         "typical": sensitivity.typical,
         "sum": sensitivity.groups,
-        "weaker half": weaker,
+        "weaker half": weaker_halves(sensitivity),
         "removal, tried": removal,
     }
-    tries = [("uniform", 0.0), *itertools.product(scores, ALPHAS)]
+    tries = [("uniform", 0.0), *itertools.product(["channels", *scores], ALPHAS)]
     rows: dict[str, dict[str, float]] = {}
     for budget in BUDGETS:
         for label, exponent in tries:
