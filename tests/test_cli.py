@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import tp_mrs
 from tp_mrs import cli
 from tp_mrs.checkpoints import Checkpoint
+from tp_mrs.doctor import OPTIONAL
 from tp_mrs.tensorfile import read
 
 Capture = pytest.CaptureFixture[str]
@@ -199,7 +203,45 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert set(printed["groups"]) == set(printed["members"])
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["finetune"], ["sensitivity"], ["evaluate"], ["export"]])
+def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    loud = [option for option in QUICK if option != "--quiet"]
+    assert run("prune", *loud, "--epochs", "0", "--out", str(tmp_path / "run"), "--json") == 0
+    screen = capsys.readouterr()
+    assert json.loads(screen.out) == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "\r" not in screen.err  # no bars where there is no terminal
+
+
+def test_doctor_says_what_is_there(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path))
+    (tmp_path / "model").write_bytes(bytes(1_500_000))
+    monkeypatch.setattr("tp_mrs.doctor._installed", lambda package: None if package == "onnx" else "1.2")
+    assert run("doctor") == 0
+    screen = capsys.readouterr().out
+    for text in ("torch-pruning", f"{tmp_path} (1 files, 1.5 MB)", 'Missing: onnx; pip install "tp_mrs[export]"'):
+        assert text in screen
+    assert run("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == {"export": ["onnx"]}
+    assert found["packages"]["torch"] == version("torch")
+    assert found["devices"][0] == "cpu"
+
+
+def test_doctor_knows_the_extras() -> None:
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    for extra, packages in OPTIONAL.items():
+        assert re.findall(r"^[\w-]+", config["options.extras_require"][extra], re.MULTILINE) == list(packages)
+
+
+def test_doctor_needs_no_optional_package() -> None:
+    packages = "matplotlib", "rich", "sklearn", "onnx", "onnxruntime", "onnxscript"
+    code = f"import sys; sys.modules |= dict.fromkeys({packages}); from tp_mrs.cli import main; main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchattacks" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
     assert "usage: tp-mrs" in capsys.readouterr().out

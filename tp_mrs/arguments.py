@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
     evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
     _exporting(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
+    _json(_command(commands, "doctor", "show versions, devices, what is missing, and the cache"))
     return parser
 
 
@@ -186,8 +187,12 @@ def _running() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
     group.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     group.add_argument("--quiet", action="store_true", help="no progress")
-    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    _json(group)
     return parent
+
+
+def _json(options: Any) -> None:
+    options.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
 
 
 def _exporting(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +202,7 @@ def _exporting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, help="of the images it will take, in pixels (as the model was made)")
     parser.add_argument("--opset", type=int, help="version of ONNX's operators (PyTorch's choice)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
+    _json(parser)
 
 
 class _KeyValues(argparse.Action):

@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export`."""
+"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export | doctor`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ._version import versions
 from .allocation import single_budget
 from .arguments import fill_in, parser
 from .display import messages, print_change, print_evaluations, print_report, save_figure
+from .doctor import examine, summary
 from .errors import DivergenceError, InputError, check_choice, check_count
 from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
@@ -30,7 +32,8 @@ from .pipeline import check_options, mrpf
 from .processes import place
 from .storage import load, save
 
-Run: TypeAlias = Callable[[argparse.Namespace, torch.device], None]
+Result: TypeAlias = dict[str, Any]  # JSON to be
+Run: TypeAlias = Callable[[argparse.Namespace, torch.device], Result]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,14 +65,20 @@ def _fail(status: int, why: object) -> int:
 
 def _run(argv: Sequence[str] | None) -> None:
     arguments = parser().parse_args(argv)
-    with messages(quiet=arguments.quiet):
+    with messages(quiet=getattr(arguments, "quiet", False)):
         if "data" in arguments:
             fill_in(arguments)
         with joined(getattr(arguments, "device", "cpu")) as device:
-            COMMANDS[arguments.command](arguments, device)
+            run = COMMANDS[arguments.command]
+            if not arguments.json:
+                run(arguments, device)
+                return
+            with redirect_stdout(sys.stderr):  # whatever prints: stdout holds the result alone
+                result = run(arguments, device)
+            print(json.dumps(result))
 
 
-def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
+def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if arguments.macs is None and arguments.params is None and arguments.channels is None:
         arguments.macs = 0.5
     single_budget(macs=arguments.macs, params=arguments.params, channels=arguments.channels)
@@ -109,21 +118,19 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         checkpoint=out / "checkpoint",
         **job.training(),
     )
-    if place()[0] > 0:
-        return
-    save(model, out / "model.safetensors", class_names=job.data.class_names)
-    report.save(out / "report.json")
-    save_figure(report.plot(), out / "sensitivity")
-    shutil.rmtree(out / "checkpoint")
-    if arguments.json:
-        print(json.dumps(report.to_dict()))
-        return
-    print_report(report, f"{job.data.name}, eps {arguments.eps}")
-    print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
-    print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    if place()[0] == 0:
+        save(model, out / "model.safetensors", class_names=job.data.class_names)
+        report.save(out / "report.json")
+        save_figure(report.plot(), out / "sensitivity")
+        shutil.rmtree(out / "checkpoint")
+    if not arguments.json:
+        print_report(report, f"{job.data.name}, eps {arguments.eps}")
+        print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
+        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    return report.to_dict()
 
 
-def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> None:
+def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     out = check_output_folder(arguments.out) if arguments.out else None
     sensitivity = measure_sensitivity(
@@ -139,10 +146,12 @@ def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> None:
     if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
         save_figure(sensitivity.plot(), out / "sensitivity")
-    print(json.dumps(sensitivity.to_dict()) if arguments.json else sensitivity)
+    if not arguments.json:
+        print(sensitivity)
+    return sensitivity.to_dict()
 
 
-def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
+def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if not arguments.checkpoint:
         raise InputError(
             "checkpoint: give the model to fine-tune, --checkpoint FILE.safetensors: what tp-mrs prune has written, or "
@@ -156,9 +165,6 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
     checkpoint = out / "training.safetensors"
     finetuning = finetune(model, data, **training, checkpoint=checkpoint, log=out / "log.jsonl")
     after = _assessed(job, model)
-    if place()[0] > 0:
-        return
-    save(model, out / "model.safetensors", class_names=job.data.class_names)
     record = {
         "format": "tp_mrs.finetuning/1",
         "arguments": vars(arguments),
@@ -167,24 +173,24 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
         "after": after.to_dict(),
         "versions": versions(),
     }
-    write_json(out / "finetuning.json", record)
-    checkpoint.unlink()
-    if arguments.json:
-        print(json.dumps(record))
-        return
-    print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
-    print_change(before, after)
-    print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
-    print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    if place()[0] == 0:
+        save(model, out / "model.safetensors", class_names=job.data.class_names)
+        write_json(out / "finetuning.json", record)
+        checkpoint.unlink()
+    if not arguments.json:
+        print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
+        print_change(before, after)
+        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
+        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    return record
 
 
-def _evaluate(arguments: argparse.Namespace, device: torch.device) -> None:
+def _evaluate(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     result = _assessed(job, job.model(), masking=arguments.masking)
-    if arguments.json:
-        print(json.dumps(result.to_dict()))
-    else:
+    if not arguments.json:
         print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
+    return result.to_dict()
 
 
 def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluation:
@@ -199,7 +205,7 @@ def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluatio
     )
 
 
-def _export(arguments: argparse.Namespace, device: torch.device) -> None:
+def _export(arguments: argparse.Namespace, device: torch.device) -> Result:
     if arguments.image_size is not None:
         check_count("image_size", arguments.image_size)
     source = Path(arguments.checkpoint)
@@ -212,8 +218,9 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> None:
     images = _images_for(model, arguments.image_size)
     check_output_folder(target.parent)
     export(model, target, images, format=arguments.format, opset=arguments.opset)
-    if not arguments.quiet:
+    if not arguments.quiet and not arguments.json:
         print(f"Written to {target}: takes images ({', '.join(map(str, ('N', *images.shape[1:])))}) in [0, 1]")
+    return {"path": str(target), "images": [None, *images.shape[1:]]}
 
 
 def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
@@ -225,12 +232,20 @@ def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
     return torch.zeros(1, recipe.get("in_chans", 3), size, size)
 
 
+def _doctor(arguments: argparse.Namespace, device: torch.device) -> Result:
+    found = examine()
+    if not arguments.json:
+        print(summary(found))
+    return found
+
+
 COMMANDS: dict[str, Run] = {
     "prune": _prune,
     "finetune": _finetune,
     "sensitivity": _sensitivity,
     "evaluate": _evaluate,
     "export": _export,
+    "doctor": _doctor,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +27,7 @@ from .processes import place
 from .storage import load
 from .tensorfile import read
 
+logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 250
 DISTILLATION = {"ard": ard, "rslad": rslad}  # objectives that learn from a teacher
 
@@ -104,8 +106,7 @@ class Job:
                 f"checkpoint: needed for {self.data.name}; give --checkpoint FILE.safetensors with robust weights, "
                 "or --dense-epochs N to train a dense model first"
             )
-        if not arguments.quiet:
-            print(f"Dense {arguments.model} on {self.data.name}", flush=True)
+        logger.info("dense %s on %s", arguments.model, self.data.name)
         return dense_model(
             self.data,
             arguments.model,
