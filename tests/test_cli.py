@@ -17,6 +17,7 @@ import torch
 
 import tp_mrs
 from tp_mrs import cli
+from tp_mrs.arguments import parse
 from tp_mrs.checkpoints import Checkpoint
 from tp_mrs.doctor import OPTIONAL
 from tp_mrs.tensorfile import read
@@ -46,6 +47,8 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
         assert word in screen
     report = json.loads((out / "report.json").read_text())
     assert report["rounds"][0]["reached"] == pytest.approx(0.5, rel=0.01)
+    given = parse(["prune", *QUICK, "--epochs", "0.05", "--macs", "0.5", "--out", str(out)])
+    assert parse(["prune", "--config", str(out / "run.yaml")]) == given
     model = tp_mrs.load(out / "model.safetensors")
     assert model(torch.rand(1, 1, 32, 32)).shape == (1, 10)
     assert model.class_names == list("0123456789")
@@ -54,6 +57,7 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     assert sorted(path.name for path in out.iterdir()) == [
         "model.safetensors",
         "report.json",
+        "run.yaml",
         "sensitivity.png",
         "sensitivity.svg",
     ]
@@ -107,7 +111,12 @@ def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, caps
     screen = capsys.readouterr().out
     for word in ("before", "after", "clean", "fgsm", "Change", "model.safetensors", "finetuning.json"):
         assert word in screen
-    assert sorted(path.name for path in out.iterdir()) == ["finetuning.json", "log.jsonl", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "finetuning.json",
+        "log.jsonl",
+        "model.safetensors",
+        "run.yaml",
+    ]
     assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [1]
     record = json.loads((out / "finetuning.json").read_text())
     assert record["settings"]["accumulate"] == 2

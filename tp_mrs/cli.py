@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ._version import versions
 from .allocation import single_budget
-from .arguments import fill_in, parser
+from .arguments import parse
+from .config import write_config
 from .display import messages, print_change, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
 from .errors import DivergenceError, InputError, check_choice, check_count
@@ -64,18 +65,18 @@ def _fail(status: int, why: object) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    arguments = parser().parse_args(argv)
-    with messages(quiet=getattr(arguments, "quiet", False)):
-        if "data" in arguments:
-            fill_in(arguments)
-        with joined(getattr(arguments, "device", "cpu")) as device:
-            run = COMMANDS[arguments.command]
-            if not arguments.json:
-                run(arguments, device)
-                return
-            with redirect_stdout(sys.stderr):  # whatever prints: stdout holds the result alone
-                result = run(arguments, device)
-            print(json.dumps(result))
+    arguments = parse(argv)
+    run = COMMANDS[arguments.command]
+    with (
+        messages(quiet=getattr(arguments, "quiet", False)),
+        joined(getattr(arguments, "device", "cpu")) as device,
+    ):
+        if not arguments.json:
+            run(arguments, device)
+            return
+        with redirect_stdout(sys.stderr):  # whatever prints: stdout holds the result alone
+            result = run(arguments, device)
+        print(json.dumps(result))
 
 
 def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
@@ -122,10 +123,11 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         save(model, out / "model.safetensors", class_names=job.data.class_names)
         report.save(out / "report.json")
         save_figure(report.plot(), out / "sensitivity")
+        write_config(out / "run.yaml", arguments)
         shutil.rmtree(out / "checkpoint")
     if not arguments.json:
         print_report(report, f"{job.data.name}, eps {arguments.eps}")
-        print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
+        print(f"\nWritten to {out}: model.safetensors, report.json, run.yaml, sensitivity.png, sensitivity.svg")
         print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
     return report.to_dict()
 
@@ -145,6 +147,7 @@ def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     )
     if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
+        write_config(out / "run.yaml", arguments)
         save_figure(sensitivity.plot(), out / "sensitivity")
     if not arguments.json:
         print(sensitivity)
@@ -176,11 +179,12 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if place()[0] == 0:
         save(model, out / "model.safetensors", class_names=job.data.class_names)
         write_json(out / "finetuning.json", record)
+        write_config(out / "run.yaml", arguments)
         checkpoint.unlink()
     if not arguments.json:
         print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
         print_change(before, after)
-        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
+        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl, run.yaml")
         print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
     return record
 
@@ -206,6 +210,8 @@ def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluatio
 
 
 def _export(arguments: argparse.Namespace, device: torch.device) -> Result:
+    if arguments.checkpoint is None:
+        raise InputError("checkpoint: give the model to export, tp-mrs export MODEL")
     if arguments.image_size is not None:
         check_count("image_size", arguments.image_size)
     source = Path(arguments.checkpoint)
