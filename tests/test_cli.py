@@ -63,6 +63,28 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     ]
 
 
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    options = [*QUICK, "--epochs", "0", "--macs", "0.4"]
+    assert run("prune", *options, "--dry-run") == 0
+    assert "There is no dense model yet (the run trains one, 0.05 epochs)" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert run("prune", *options, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("prune", *options, "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {name: group["ratio"] for name, group in found["groups"].items()} == report["rounds"][0]["ratios"]
+    assert found["macs"] == [report["before"]["macs"], report["after"]["macs"]]
+    assert found["params"] == [report["before"]["params"], report["after"]["params"]]
+    assert all(1 <= group["after"] <= group["before"] for group in found["groups"].values())
+    assert found["passes"] == pytest.approx(
+        {"measuring": 11 * 32 / 1297, "fine-tuning": 0, "evaluating": 2 * (1 + 2 / 3) * 20 / 1297}
+    )
+
+
 def test_the_dense_model_is_kept_and_reused(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert run("evaluate", *QUICK, "--json") == 0
     first = json.loads(capsys.readouterr().out)

@@ -32,6 +32,8 @@ class Preset:
     batch_size: int = 128
 
 
+BUDGETS = ("macs", "params", "channels")
+
 PRESETS = {
     "digits": Preset(
         model="resnet10t",
@@ -129,6 +131,7 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
     group.add_argument("--out", metavar="DIR", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+    _flag(group, "--dry-run", "show what would be pruned and what it costs; train and write nothing")
     return parent
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._version import versions
 from .allocation import single_budget
-from .arguments import parse
+from .arguments import BUDGETS, parse
 from .config import write_config
 from .display import messages, print_change, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
@@ -28,9 +28,11 @@ from .finetuning import check_training, finetune
 from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
-from .measuring import measure_sensitivity
+from .measuring import measure_sensitivity, measured_weights
 from .pipeline import check_options, mrpf
+from .preview import preview
 from .processes import place
+from .sensitivity import Sensitivity
 from .storage import load, save
 
 Result: TypeAlias = dict[str, Any]  # JSON to be
@@ -80,9 +82,9 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
-    if arguments.macs is None and arguments.params is None and arguments.channels is None:
+    if all(getattr(arguments, name) is None for name in BUDGETS):
         arguments.macs = 0.5
-    single_budget(macs=arguments.macs, params=arguments.params, channels=arguments.channels)
+    single_budget(**{name: getattr(arguments, name) for name in BUDGETS})
     check_choice("base", arguments.base, BASES)
     check_options(
         rounds=arguments.rounds,
@@ -92,6 +94,8 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         round_to=arguments.round_to,
     )
     job = Job(arguments, device)
+    if arguments.dry_run:
+        return _previewed(job)
     out = job.output_folder()
     model = job.model()
     report = mrpf(
@@ -99,9 +103,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         job.example_inputs,
         job.train_loader(),
         job.attack,
-        macs=arguments.macs,
-        params=arguments.params,
-        channels=arguments.channels,
+        **{name: getattr(arguments, name) for name in BUDGETS},
         rounds=arguments.rounds,
         alpha=arguments.alpha,
         min_keep=arguments.min_keep,
@@ -132,19 +134,34 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
     return report.to_dict()
 
 
+def _previewed(job: Job) -> Result:
+    """What `tp-mrs prune` would do: by the dense model's sensitivity, or the shapes of one that is not there yet."""
+    arguments, dense = job.arguments, job.known_model()
+    model = job.untrained() if dense is None else dense
+    notes = [f"{arguments.rounds} rounds: this is what they come to; each measures anew."] * (arguments.rounds > 1)
+    if dense is None:
+        how = (
+            f"the run trains one, {arguments.dense_epochs:g} epochs" if arguments.dense_epochs else "the run needs one"
+        )
+        notes.append(f"There is no dense model yet ({how}): without sensitivities, ratios are uniform here.")
+    shown = preview(
+        model,
+        job.example_inputs,
+        None if dense is None else _measured(job, dense),
+        passes=job.passes(dense=dense is None, layers=len(measured_weights(model)[0])),
+        train_images=len(job.train_loader().dataset),
+        notes=notes,
+        **{name: getattr(arguments, name) for name in (*BUDGETS, "alpha", "min_keep", "round_to")},
+    )
+    if not arguments.json:
+        print(shown)
+    return shown.to_dict()
+
+
 def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     out = check_output_folder(arguments.out) if arguments.out else None
-    sensitivity = measure_sensitivity(
-        job.model(),
-        job.calibration_loader(),
-        job.attack,
-        example_inputs=job.example_inputs,
-        estimator=arguments.estimator,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
+    sensitivity = _measured(job, job.model(), steps=arguments.steps)
     if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
         write_config(out / "run.yaml", arguments)
@@ -152,6 +169,19 @@ def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     if not arguments.json:
         print(sensitivity)
     return sensitivity.to_dict()
+
+
+def _measured(job: Job, model: nn.Module, *, steps: int = 5) -> Sensitivity:
+    return measure_sensitivity(
+        model,
+        job.calibration_loader(),
+        job.attack,
+        example_inputs=job.example_inputs,
+        estimator=job.arguments.estimator,
+        steps=steps,
+        seed=job.arguments.seed,
+        progress=not job.arguments.quiet,
+    )
 
 
 def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
