@@ -56,11 +56,26 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     assert "<svg" in (out / "sensitivity.svg").read_text()
     assert sorted(path.name for path in out.iterdir()) == [
         "model.safetensors",
+        "report.html",
         "report.json",
         "run.yaml",
-        "sensitivity.png",
-        "sensitivity.svg",
+        *(f"{name}.{kind}" for name in ("sensitivity", "training", "widths") for kind in ("png", "svg")),
     ]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "resnet10t on digits, pruned to" in page
+
+
+def test_evaluations_at_more_sizes(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert run("prune", *QUICK, "--epochs", "0", "--more-eps", "0.05", "1/5", "--out", str(out), "--json") == 0
+    curves = json.loads(capsys.readouterr().out)["curves"]
+    assert {name: [each["eps"] for each in curve] for name, curve in curves.items()} == {
+        "dense": [0.05, 0.2, 0.1],
+        "pruned": [0.05, 0.2, 0.1],
+    }
+    assert "Accuracy against the size" in (out / "report.html").read_text()
+    assert (out / "robustness.png").exists()
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -138,6 +153,8 @@ def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, caps
         "log.jsonl",
         "model.safetensors",
         "run.yaml",
+        "training.png",
+        "training.svg",
     ]
     assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [1]
     record = json.loads((out / "finetuning.json").read_text())
@@ -288,6 +305,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--eps", "-1"], "eps: expected a value in [0, 1]"),
         (["--eps", "abc"], "eps: expected a number or a fraction such as 8/255, got 'abc'"),
         (["--eps", "8"], "did you mean 8/255"),
+        (["--more-eps", "8"], "more_eps: expected a value in [0, 1]"),
         (["--model", "resnet81"], "model: timm has no architecture 'resnet81'; did you mean"),
         (["--model-kwargs", "channels"], "model-kwargs: expected key=value"),
         (["--data", "mnist"], "data: expected one of digits, cifar10"),

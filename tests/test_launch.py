@@ -74,6 +74,8 @@ def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
         "log.jsonl",
         "model.safetensors",
         "run.yaml",
+        "training.png",
+        "training.svg",
     ]
     record = json.loads((tmp_path / "run" / "finetuning.json").read_text())
     arguments = ["evaluate", *FEW, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]

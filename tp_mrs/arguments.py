@@ -85,20 +85,23 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
     evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
     _flag(evaluating, "--masking", "look for masked gradients, also at a large eps")
-    _exporting(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
+    exporting = _command(commands, "export", "write a saved model as ONNX or as a PyTorch program", takes="MODEL")
+    _exporting(exporting)
     doctor = _command(commands, "doctor", "show versions, devices, what is missing, and the cache")
     _flag(doctor, "--json", "print the result as JSON, and nothing else")
     return parser
 
 
-def _command(commands: Any, name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, text: str, *parents: argparse.ArgumentParser, takes: str = ""
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         parents=parents,
         formatter_class=_Help,
-        usage=f"tp-mrs {name} [options]" + (" MODEL" if name == "export" else ""),
+        usage=f"tp-mrs {name} [options] {takes}".rstrip(),
     )
     return command
 
@@ -130,6 +133,7 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
+    group.add_argument("--more-eps", nargs="+", metavar="X", help="evaluate at these sizes, too, for a curve (none)")
     group.add_argument("--out", metavar="DIR", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
     _flag(group, "--dry-run", "show what would be pruned and what it costs; train and write nothing")
     return parent

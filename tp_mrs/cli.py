@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,18 +19,20 @@ from ._version import versions
 from .allocation import single_budget
 from .arguments import BUDGETS, parse
 from .config import write_config
-from .display import messages, print_change, print_evaluations, print_report, save_figure
+from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
 from .errors import DivergenceError, InputError, check_choice, check_count
 from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
-from .files import check_output_folder, write_json
+from .files import check_output_folder, write_bytes, write_json
 from .finetuning import check_training, finetune
+from .html import report_page
 from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
 from .measuring import measure_sensitivity, measured_weights
-from .pipeline import check_options, mrpf
+from .pipeline import Report, check_options, mrpf
+from .plotting import plot_training, to_svg
 from .preview import preview
 from .processes import place
 from .sensitivity import Sensitivity
@@ -98,6 +101,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         return _previewed(job)
     out = job.output_folder()
     model = job.model()
+    dense = _curve(job, model)
     report = mrpf(
         model,
         job.example_inputs,
@@ -121,17 +125,41 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         checkpoint=out / "checkpoint",
         **job.training(),
     )
+    if dense:
+        before, *_, (name, after) = report.stages.items()
+        report = replace(report, curves={"dense": [*dense, before[1]], name: [*_curve(job, model), after]})
     if place()[0] == 0:
         save(model, out / "model.safetensors", class_names=job.data.class_names)
         report.save(out / "report.json")
-        save_figure(report.plot(), out / "sensitivity")
+        _illustrate(report, job, out)
         write_config(out / "run.yaml", arguments)
         shutil.rmtree(out / "checkpoint")
     if not arguments.json:
         print_report(report, f"{job.data.name}, eps {arguments.eps}")
-        print(f"\nWritten to {out}: model.safetensors, report.json, run.yaml, sensitivity.png, sensitivity.svg")
+        print(f"\nWritten to {out}: report.html to look at, report.json, model.safetensors, run.yaml, and pictures")
         print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
     return report.to_dict()
+
+
+def _curve(job: Job, model: nn.Module) -> list[Evaluation]:
+    """Evaluations at the further sizes of perturbation that were asked for."""
+    return [_assessed(job, model, eps=eps) for eps in job.sizes]
+
+
+def _illustrate(report: Report, job: Job, out: Path) -> None:
+    """Write the pictures, and the page that has them all."""
+    figures = pictures(report)
+    for name, figure in figures.items():
+        save_figure(figure, out / name)
+    page = report_page(
+        report,
+        model=job.arguments.checkpoint or job.arguments.model,
+        data=job.data.name,
+        classes=job.data.class_names or (),
+        run=vars(job.arguments),
+        pictures={name: to_svg(figure) for name, figure in figures.items()},
+    )
+    write_bytes(out / "report.html", page.encode())
 
 
 def _previewed(job: Job) -> Result:
@@ -209,12 +237,13 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if place()[0] == 0:
         save(model, out / "model.safetensors", class_names=job.data.class_names)
         write_json(out / "finetuning.json", record)
+        save_figure(plot_training({"fine-tuning": finetuning.history}), out / "training")
         write_config(out / "run.yaml", arguments)
         checkpoint.unlink()
     if not arguments.json:
         print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
         print_change(before, after)
-        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl, run.yaml")
+        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl, run.yaml, and a picture")
         print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
     return record
 
@@ -227,12 +256,12 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device) -> Result:
     return result.to_dict()
 
 
-def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluation:
+def _assessed(job: Job, model: nn.Module, *, masking: bool = False, eps: float | None = None) -> Evaluation:
     return evaluate(
         model,
         job.test_loader(),
         job.arguments.attacks,
-        eps=job.eps,
+        eps=job.eps if eps is None else eps,
         masking=masking,
         seed=job.arguments.seed,
         progress=not job.arguments.quiet,

@@ -16,7 +16,7 @@ from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
 from .dense import cache_folder, dense_file, dense_model
-from .errors import InputError, check_choice, check_count
+from .errors import InputError, check_choice, check_count, naming
 from .files import check_output_folder
 from .finetuning import check_options
 from .launch import first_one_first
@@ -66,6 +66,8 @@ class Job:
         self.validation: Dataset[Any] | None = None
         if self._given("validation_images"):
             self.data, self.validation = hold_out(self.data, arguments.validation_images, seed=arguments.seed)
+        with naming("more_eps"):
+            self.sizes = [parse_eps(size) for size in self._given("more_eps").get("more_eps", [])]
         for name in (*arguments.attacks, *self._given("attack", "train_attack").values()):
             self._named(name)
 
