@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -260,6 +261,20 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: Capture, monkeyp
     assert "\r" not in screen.err  # no bars where there is no terminal
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str, capsys: Capture) -> None:
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("sensitivity", "calibration-images", "no-download"))
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_completion_of_another_shell(capsys: Capture) -> None:
+    assert run("completion", "tcsh") == 2
+    assert "shell: expected one of bash, zsh, fish, got 'tcsh'" in capsys.readouterr().err
+
+
 def test_doctor_says_what_is_there(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path))
     (tmp_path / "model").write_bytes(bytes(1_500_000))
@@ -283,7 +298,7 @@ def test_doctor_knows_the_extras() -> None:
 
 
 def test_doctor_needs_no_optional_package() -> None:
-    packages = "matplotlib", "rich", "sklearn", "onnx", "onnxruntime", "onnxscript"
+    packages = "matplotlib", "rich", "sklearn", "shtab", "onnx", "onnxruntime", "onnxscript"
     code = f"import sys; sys.modules |= dict.fromkeys({packages}); from tp_mrs.cli import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torchattacks" in done.stdout

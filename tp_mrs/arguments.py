@@ -32,6 +32,7 @@ class Preset:
     batch_size: int = 128
 
 
+SHELLS = ("bash", "zsh", "fish")
 BUDGETS = ("macs", "params", "channels")
 
 PRESETS = {
@@ -89,6 +90,10 @@ def parser() -> argparse.ArgumentParser:
     _exporting(exporting)
     doctor = _command(commands, "doctor", "show versions, devices, what is missing, and the cache")
     _flag(doctor, "--json", "print the result as JSON, and nothing else")
+    completion = _command(
+        commands, "completion", "print what lets a shell complete commands and options", takes="SHELL"
+    )
+    completion.add_argument("shell", metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export | doctor`."""
+"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export | doctor | completion`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._version import versions
 from .allocation import single_budget
 from .arguments import BUDGETS, parse
+from .completion import completion_script
 from .config import write_config
 from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
@@ -76,7 +77,7 @@ def _run(argv: Sequence[str] | None) -> None:
         messages(quiet=getattr(arguments, "quiet", False)),
         joined(getattr(arguments, "device", "cpu")) as device,
     ):
-        if not arguments.json:
+        if not getattr(arguments, "json", False):
             run(arguments, device)
             return
         with redirect_stdout(sys.stderr):  # whatever prints: stdout holds the result alone
@@ -304,6 +305,11 @@ def _doctor(arguments: argparse.Namespace, device: torch.device) -> Result:
     return found
 
 
+def _completion(arguments: argparse.Namespace, device: torch.device) -> Result:
+    print(completion_script(arguments.shell))
+    return {}
+
+
 COMMANDS: dict[str, Run] = {
     "prune": _prune,
     "finetune": _finetune,
@@ -311,6 +317,7 @@ COMMANDS: dict[str, Run] = {
     "evaluate": _evaluate,
     "export": _export,
     "doctor": _doctor,
+    "completion": _completion,
 }
 
 

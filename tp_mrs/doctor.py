@@ -16,7 +16,7 @@ REQUIRED = ("torchvision", "accelerate", "safetensors", "numpy")
 """Packages that come with every installation, besides those in `versions`."""
 
 OPTIONAL = {
-    "cli": ("matplotlib", "pyyaml", "rich", "scikit-learn"),
+    "cli": ("matplotlib", "pyyaml", "rich", "scikit-learn", "shtab"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 """Extra → the packages that it brings."""
