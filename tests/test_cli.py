@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,9 @@ import torch
 
 import tp_mrs
 from tp_mrs import cli
+from tp_mrs.arguments import parse
 from tp_mrs.checkpoints import Checkpoint
+from tp_mrs.doctor import OPTIONAL
 from tp_mrs.tensorfile import read
 
 Capture = pytest.CaptureFixture[str]
@@ -42,6 +48,8 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
         assert word in screen
     report = json.loads((out / "report.json").read_text())
     assert report["rounds"][0]["reached"] == pytest.approx(0.5, rel=0.01)
+    given = parse(["prune", *QUICK, "--epochs", "0.05", "--macs", "0.5", "--out", str(out)])
+    assert parse(["prune", "--config", str(out / "run.yaml")]) == given
     model = tp_mrs.load(out / "model.safetensors")
     assert model(torch.rand(1, 1, 32, 32)).shape == (1, 10)
     assert model.class_names == list("0123456789")
@@ -49,10 +57,48 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     assert "<svg" in (out / "sensitivity.svg").read_text()
     assert sorted(path.name for path in out.iterdir()) == [
         "model.safetensors",
+        "report.html",
         "report.json",
-        "sensitivity.png",
-        "sensitivity.svg",
+        "run.yaml",
+        *(f"{name}.{kind}" for name in ("sensitivity", "training", "widths") for kind in ("png", "svg")),
     ]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "resnet10t on digits, pruned to" in page
+
+
+def test_evaluations_at_more_sizes(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert run("prune", *QUICK, "--epochs", "0", "--more-eps", "0.05", "1/5", "--out", str(out), "--json") == 0
+    curves = json.loads(capsys.readouterr().out)["curves"]
+    assert {name: [each["eps"] for each in curve] for name, curve in curves.items()} == {
+        "dense": [0.05, 0.2, 0.1],
+        "pruned": [0.05, 0.2, 0.1],
+    }
+    assert "Accuracy against the size" in (out / "report.html").read_text()
+    assert (out / "robustness.png").exists()
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    options = [*QUICK, "--epochs", "0", "--macs", "0.4"]
+    assert run("prune", *options, "--dry-run") == 0
+    assert "There is no dense model yet (the run trains one, 0.05 epochs)" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert run("prune", *options, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("prune", *options, "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {name: group["ratio"] for name, group in found["groups"].items()} == report["rounds"][0]["ratios"]
+    assert found["macs"] == [report["before"]["macs"], report["after"]["macs"]]
+    assert found["params"] == [report["before"]["params"], report["after"]["params"]]
+    assert all(1 <= group["after"] <= group["before"] for group in found["groups"].values())
+    assert found["passes"] == pytest.approx(
+        {"measuring": 11 * 32 / 1297, "fine-tuning": 0, "evaluating": 2 * (1 + 2 / 3) * 20 / 1297}
+    )
 
 
 def test_the_dense_model_is_kept_and_reused(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -103,7 +149,14 @@ def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, caps
     screen = capsys.readouterr().out
     for word in ("before", "after", "clean", "fgsm", "Change", "model.safetensors", "finetuning.json"):
         assert word in screen
-    assert sorted(path.name for path in out.iterdir()) == ["finetuning.json", "log.jsonl", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "finetuning.json",
+        "log.jsonl",
+        "model.safetensors",
+        "run.yaml",
+        "training.png",
+        "training.svg",
+    ]
     assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [1]
     record = json.loads((out / "finetuning.json").read_text())
     assert record["settings"]["accumulate"] == 2
@@ -199,7 +252,59 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert set(printed["groups"]) == set(printed["members"])
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["finetune"], ["sensitivity"], ["evaluate"], ["export"]])
+def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path / "cache"))
+    loud = [option for option in QUICK if option != "--quiet"]
+    assert run("prune", *loud, "--epochs", "0", "--out", str(tmp_path / "run"), "--json") == 0
+    screen = capsys.readouterr()
+    assert json.loads(screen.out) == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "\r" not in screen.err  # no bars where there is no terminal
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str, capsys: Capture) -> None:
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("sensitivity", "calibration-images", "no-download"))
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_completion_of_another_shell(capsys: Capture) -> None:
+    assert run("completion", "tcsh") == 2
+    assert "shell: expected one of bash, zsh, fish, got 'tcsh'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_there(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path))
+    (tmp_path / "model").write_bytes(bytes(1_500_000))
+    monkeypatch.setattr("tp_mrs.doctor._installed", lambda package: None if package == "onnx" else "1.2")
+    assert run("doctor") == 0
+    screen = capsys.readouterr().out
+    for text in ("torch-pruning", f"{tmp_path} (1 files, 1.5 MB)", 'Missing: onnx; pip install "tp_mrs[export]"'):
+        assert text in screen
+    assert run("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == {"export": ["onnx"]}
+    assert found["packages"]["torch"] == version("torch")
+    assert found["devices"][0] == "cpu"
+
+
+def test_doctor_knows_the_extras() -> None:
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    for extra, packages in OPTIONAL.items():
+        assert re.findall(r"^[\w-]+", config["options.extras_require"][extra], re.MULTILINE) == list(packages)
+
+
+def test_doctor_needs_no_optional_package() -> None:
+    packages = "matplotlib", "rich", "sklearn", "shtab", "onnx", "onnxruntime", "onnxscript"
+    code = f"import sys; sys.modules |= dict.fromkeys({packages}); from tp_mrs.cli import main; main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchattacks" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
     assert "usage: tp-mrs" in capsys.readouterr().out
@@ -215,6 +320,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--eps", "-1"], "eps: expected a value in [0, 1]"),
         (["--eps", "abc"], "eps: expected a number or a fraction such as 8/255, got 'abc'"),
         (["--eps", "8"], "did you mean 8/255"),
+        (["--more-eps", "8"], "more_eps: expected a value in [0, 1]"),
         (["--model", "resnet81"], "model: timm has no architecture 'resnet81'; did you mean"),
         (["--model-kwargs", "channels"], "model-kwargs: expected key=value"),
         (["--data", "mnist"], "data: expected one of digits, cifar10"),

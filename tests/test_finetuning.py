@@ -56,6 +56,34 @@ def test_one_step_is_plain_gradient_descent() -> None:
     assert result.images == 1
 
 
+def test_the_bar_shows_robust_accuracy_on_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 0.5 ± 0.2 the first pixel decides: whether it is attacked below one half."""
+    images, labels = torch.tensor([0.55, 0.6, 0.9, 0.2]).reshape(4, 1, 1, 1), torch.tensor([1, 1, 1, 0])
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("tp_mrs.finetuning.tqdm", lambda **_: Bar(shown))
+    settings: dict[str, Any] = {"attack": "fgsm", "eps": 0.2, "lr": 1e-6}
+    finetune(Bright(), [(images, labels)], objective="fgsm", **settings)
+    finetune(Bright(), [(images, labels)], objective="standard", **settings)
+    assert [bar.get("batch robust") for bar in shown] == ["50%", None]
+    assert shown[0].keys() == {"epoch", "loss", "batch robust"}
+
+
+class Bar:
+    """A progress bar that shows something at each update."""
+
+    def __init__(self, shown: list[dict[str, Any]]) -> None:
+        self.set_postfix = shown.append
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("objective", [*OBJECTIVES, standard])
 def test_training_lowers_the_loss_and_leaves_no_other_trace(objective: Any, batches: Batches) -> None:
     model = small_cnn()

@@ -43,6 +43,7 @@ def printed(*arguments: str, folder: Path) -> dict[str, Any]:
 def test_sensitivity_is_that_of_one_process(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed("sensitivity", *MEASURE, "--checkpoint", saved, "--out", "run", folder=tmp_path)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "run.yaml",
         "sensitivity.json",
         "sensitivity.png",
         "sensitivity.svg",
@@ -72,6 +73,9 @@ def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
         "finetuning.json",
         "log.jsonl",
         "model.safetensors",
+        "run.yaml",
+        "training.png",
+        "training.svg",
     ]
     record = json.loads((tmp_path / "run" / "finetuning.json").read_text())
     arguments = ["evaluate", *FEW, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]

@@ -52,6 +52,9 @@ def test_the_budget_is_met_after_the_last_round(budget: Any, rounds: int, batche
     assert report.after is not None
     assert report.before.macs > report.after.macs
     assert set(report.rounds[0].ratios) == set(report.rounds[0].sensitivity.groups)
+    modules: Any = dict(model.named_modules())
+    assert {name: modules[name].out_channels for name in report.widths} == {n: w[1] for n, w in report.widths.items()}
+    assert report.widths["conv1"][0] == 64
     assert json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["budget"] == measure
     assert "fine-tuned" in str(report)
     assert len(report.plot().axes) == 3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .borrowing import borrowed, copied
 from .errors import InputError, check_count, check_example_inputs, check_number
 from .importance import geometric_mean, relative_weight
-from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio
+from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio, width
 from .sensitivity import Sensitivity
 from .uncertainty import Array
 
@@ -331,24 +331,11 @@ def _shares(
     inputs: dict[str, dict[str, float]] = {}
     for group in groups:
         for member in group.members:
-            width = _width(modules[member.name], "out" if member.side == "both" else member.side)
-            if width:
+            channels = width(modules[member.name], "out" if member.side == "both" else member.side)
+            if channels:
                 side = inputs if member.side == "in" else outputs
-                side.setdefault(member.name, {})[group.name] = member.per_unit / width
+                side.setdefault(member.name, {})[group.name] = member.per_unit / channels
     return outputs, inputs
-
-
-def _width(module: nn.Module, side: str) -> int:
-    """Number of output or input channels of a layer; 0 for what has none."""
-    names = {
-        "out": ("out_channels", "out_features", "num_features", "num_channels"),
-        "in": ("in_channels", "in_features", "num_features", "num_channels"),
-    }[side]
-    for name in names:
-        if isinstance(getattr(module, name, None), int):
-            return int(getattr(module, name))
-    shape = getattr(module, "normalized_shape", None)
-    return int(shape[-1]) if shape else 0
 
 
 # --- meeting the budget ------------------------------------------------------------------------------------------

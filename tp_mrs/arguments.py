@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ._version import __version__
+from .config import parse_with_config
 from .data import LOADERS
 from .errors import check_choice
 from .exporting import FORMATS
@@ -30,6 +32,9 @@ class Preset:
     batch_size: int = 128
 
 
+SHELLS = ("bash", "zsh", "fish")
+BUDGETS = ("macs", "params", "channels")
+
 PRESETS = {
     "digits": Preset(
         model="resnet10t",
@@ -45,6 +50,14 @@ PRESETS = {
 }
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command, from the command line, a file with `--config`, and the data set's preset."""
+    arguments = parse_with_config(parser(), argv)
+    if "data" in arguments:
+        fill_in(arguments)
+    return arguments
+
+
 def fill_in(arguments: argparse.Namespace) -> None:
     """Give the options that were left out the values of the data set's preset."""
     check_choice("data", arguments.data, LOADERS)
@@ -52,7 +65,7 @@ def fill_in(arguments: argparse.Namespace) -> None:
     if arguments.model is not None and arguments.model_kwargs is None:
         arguments.model_kwargs = {}
     for option in fields(preset):
-        if getattr(arguments, option.name, None) is None:
+        if option.name in arguments and getattr(arguments, option.name) is None:
             setattr(arguments, option.name, getattr(preset, option.name))
 
 
@@ -72,19 +85,28 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--out", metavar="DIR", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
     evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
-    evaluating.add_argument("--masking", action="store_true", help="look for masked gradients, also at a large eps")
-    _exporting(_command(commands, "export", "write a saved model as ONNX or as a PyTorch program"))
+    _flag(evaluating, "--masking", "look for masked gradients, also at a large eps")
+    exporting = _command(commands, "export", "write a saved model as ONNX or as a PyTorch program", takes="MODEL")
+    _exporting(exporting)
+    doctor = _command(commands, "doctor", "show versions, devices, what is missing, and the cache")
+    _flag(doctor, "--json", "print the result as JSON, and nothing else")
+    completion = _command(
+        commands, "completion", "print what lets a shell complete commands and options", takes="SHELL"
+    )
+    completion.add_argument("shell", metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
     return parser
 
 
-def _command(commands: Any, name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, text: str, *parents: argparse.ArgumentParser, takes: str = ""
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         parents=parents,
         formatter_class=_Help,
-        usage=f"tp-mrs {name} [options]" + (" MODEL" if name == "export" else ""),
+        usage=f"tp-mrs {name} [options] {takes}".rstrip(),
     )
     return command
 
@@ -116,7 +138,9 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
+    group.add_argument("--more-eps", nargs="+", metavar="X", help="evaluate at these sizes, too, for a curve (none)")
     group.add_argument("--out", metavar="DIR", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
+    _flag(group, "--dry-run", "show what would be pruned and what it costs; train and write nothing")
     return parent
 
 
@@ -147,7 +171,7 @@ def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
         group.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
     group.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
     group.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set as published")
-    group.add_argument("--download", action="store_true", help="fetch CIFAR or SVHN into --data-dir if not there")
+    _flag(group, "--download", "fetch CIFAR or SVHN into --data-dir if not there")
     group.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
     return parent
 
@@ -185,18 +209,31 @@ def _running() -> argparse.ArgumentParser:
     group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
     group.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    group.add_argument("--quiet", action="store_true", help="no progress")
-    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    _speaking(group, quiet="no progress")
     return parent
 
 
+def _speaking(options: Any, *, quiet: str) -> None:
+    """The options of all commands that do work: where else they are given, and what is printed."""
+    options.add_argument("--config", metavar="FILE", help="options not given here: YAML or JSON, such as OUT/run.yaml")
+    _flag(options, "--quiet", quiet)
+    _flag(options, "--json", "print the result as JSON, and nothing else")
+
+
+def _flag(options: Any, name: str, text: str) -> None:
+    """An option that is off unless given; `--no-…` takes it back, where a file has it on."""
+    options.add_argument(name, action=argparse.BooleanOptionalAction, help=text).default = False
+
+
 def _exporting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="MODEL", help="safetensors file from tp-mrs prune or tp_mrs.save")
+    parser.add_argument(
+        "checkpoint", metavar="MODEL", nargs="?", help="safetensors file from tp-mrs prune or tp_mrs.save"
+    )
     parser.add_argument("--format", help=f"{' or '.join(FORMATS)} (what --out ends in, else onnx)")
     parser.add_argument("--out", help="the file to write (beside MODEL, with the format's ending)")
     parser.add_argument("--image-size", type=int, help="of the images it will take, in pixels (as the model was made)")
     parser.add_argument("--opset", type=int, help="version of ONNX's operators (PyTorch's choice)")
-    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    _speaking(parser, quiet="print nothing")
 
 
 class _KeyValues(argparse.Action):
@@ -209,7 +246,12 @@ class _KeyValues(argparse.Action):
             if not separator:
                 parser.error(f"model-kwargs: expected key=value, got {value!r}")
             try:
-                pairs[key] = ast.literal_eval(text)
+                pairs[key] = _listed(ast.literal_eval(text))
             except (ValueError, SyntaxError):
                 pairs[key] = text
         setattr(namespace, self.dest, pairs)
+
+
+def _listed(value: Any) -> Any:
+    """The same with lists for tuples, as it will be read from a file."""
+    return [_listed(each) for each in value] if isinstance(value, tuple | list) else value

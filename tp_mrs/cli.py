@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export`."""
+"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export | doctor | completion`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ._version import versions
 from .allocation import single_budget
-from .arguments import fill_in, parser
-from .display import messages, print_change, print_evaluations, print_report, save_figure
+from .arguments import BUDGETS, parse
+from .completion import completion_script
+from .config import write_config
+from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
+from .doctor import examine, summary
 from .errors import DivergenceError, InputError, check_choice, check_count
 from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
-from .files import check_output_folder, write_json
+from .files import check_output_folder, write_bytes, write_json
 from .finetuning import check_training, finetune
+from .html import report_page
 from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
-from .measuring import measure_sensitivity
-from .pipeline import check_options, mrpf
+from .measuring import measure_sensitivity, measured_weights
+from .pipeline import Report, check_options, mrpf
+from .plotting import plot_training, to_svg
+from .preview import preview
 from .processes import place
+from .sensitivity import Sensitivity
 from .storage import load, save
 
-Run: TypeAlias = Callable[[argparse.Namespace, torch.device], None]
+Result: TypeAlias = dict[str, Any]  # JSON to be
+Run: TypeAlias = Callable[[argparse.Namespace, torch.device], Result]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +71,24 @@ def _fail(status: int, why: object) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    arguments = parser().parse_args(argv)
-    with messages(quiet=arguments.quiet):
-        if "data" in arguments:
-            fill_in(arguments)
-        with joined(getattr(arguments, "device", "cpu")) as device:
-            COMMANDS[arguments.command](arguments, device)
+    arguments = parse(argv)
+    run = COMMANDS[arguments.command]
+    with (
+        messages(quiet=getattr(arguments, "quiet", False)),
+        joined(getattr(arguments, "device", "cpu")) as device,
+    ):
+        if not getattr(arguments, "json", False):
+            run(arguments, device)
+            return
+        with redirect_stdout(sys.stderr):  # whatever prints: stdout holds the result alone
+            result = run(arguments, device)
+        print(json.dumps(result))
 
 
-def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
-    if arguments.macs is None and arguments.params is None and arguments.channels is None:
+def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
+    if all(getattr(arguments, name) is None for name in BUDGETS):
         arguments.macs = 0.5
-    single_budget(macs=arguments.macs, params=arguments.params, channels=arguments.channels)
+    single_budget(**{name: getattr(arguments, name) for name in BUDGETS})
     check_choice("base", arguments.base, BASES)
     check_options(
         rounds=arguments.rounds,
@@ -82,16 +98,17 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         round_to=arguments.round_to,
     )
     job = Job(arguments, device)
+    if arguments.dry_run:
+        return _previewed(job)
     out = job.output_folder()
     model = job.model()
+    dense = _curve(job, model)
     report = mrpf(
         model,
         job.example_inputs,
         job.train_loader(),
         job.attack,
-        macs=arguments.macs,
-        params=arguments.params,
-        channels=arguments.channels,
+        **{name: getattr(arguments, name) for name in BUDGETS},
         rounds=arguments.rounds,
         alpha=arguments.alpha,
         min_keep=arguments.min_keep,
@@ -109,40 +126,94 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         checkpoint=out / "checkpoint",
         **job.training(),
     )
-    if place()[0] > 0:
-        return
-    save(model, out / "model.safetensors", class_names=job.data.class_names)
-    report.save(out / "report.json")
-    save_figure(report.plot(), out / "sensitivity")
-    shutil.rmtree(out / "checkpoint")
-    if arguments.json:
-        print(json.dumps(report.to_dict()))
-        return
-    print_report(report, f"{job.data.name}, eps {arguments.eps}")
-    print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
-    print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    if dense:
+        before, *_, (name, after) = report.stages.items()
+        report = replace(report, curves={"dense": [*dense, before[1]], name: [*_curve(job, model), after]})
+    if place()[0] == 0:
+        save(model, out / "model.safetensors", class_names=job.data.class_names)
+        report.save(out / "report.json")
+        _illustrate(report, job, out)
+        write_config(out / "run.yaml", arguments)
+        shutil.rmtree(out / "checkpoint")
+    if not arguments.json:
+        print_report(report, f"{job.data.name}, eps {arguments.eps}")
+        print(f"\nWritten to {out}: report.html to look at, report.json, model.safetensors, run.yaml, and pictures")
+        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    return report.to_dict()
 
 
-def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> None:
+def _curve(job: Job, model: nn.Module) -> list[Evaluation]:
+    """Evaluations at the further sizes of perturbation that were asked for."""
+    return [_assessed(job, model, eps=eps) for eps in job.sizes]
+
+
+def _illustrate(report: Report, job: Job, out: Path) -> None:
+    """Write the pictures, and the page that has them all."""
+    figures = pictures(report)
+    for name, figure in figures.items():
+        save_figure(figure, out / name)
+    page = report_page(
+        report,
+        model=job.arguments.checkpoint or job.arguments.model,
+        data=job.data.name,
+        classes=job.data.class_names or (),
+        run=vars(job.arguments),
+        pictures={name: to_svg(figure) for name, figure in figures.items()},
+    )
+    write_bytes(out / "report.html", page.encode())
+
+
+def _previewed(job: Job) -> Result:
+    """What `tp-mrs prune` would do: by the dense model's sensitivity, or the shapes of one that is not there yet."""
+    arguments, dense = job.arguments, job.known_model()
+    model = job.untrained() if dense is None else dense
+    notes = [f"{arguments.rounds} rounds: this is what they come to; each measures anew."] * (arguments.rounds > 1)
+    if dense is None:
+        how = (
+            f"the run trains one, {arguments.dense_epochs:g} epochs" if arguments.dense_epochs else "the run needs one"
+        )
+        notes.append(f"There is no dense model yet ({how}): without sensitivities, ratios are uniform here.")
+    shown = preview(
+        model,
+        job.example_inputs,
+        None if dense is None else _measured(job, dense),
+        passes=job.passes(dense=dense is None, layers=len(measured_weights(model)[0])),
+        train_images=len(job.train_loader().dataset),
+        notes=notes,
+        **{name: getattr(arguments, name) for name in (*BUDGETS, "alpha", "min_keep", "round_to")},
+    )
+    if not arguments.json:
+        print(shown)
+    return shown.to_dict()
+
+
+def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     out = check_output_folder(arguments.out) if arguments.out else None
-    sensitivity = measure_sensitivity(
-        job.model(),
+    sensitivity = _measured(job, job.model(), steps=arguments.steps)
+    if out is not None and place()[0] == 0:
+        sensitivity.save(out / "sensitivity.json")
+        write_config(out / "run.yaml", arguments)
+        save_figure(sensitivity.plot(), out / "sensitivity")
+    if not arguments.json:
+        print(sensitivity)
+    return sensitivity.to_dict()
+
+
+def _measured(job: Job, model: nn.Module, *, steps: int = 5) -> Sensitivity:
+    return measure_sensitivity(
+        model,
         job.calibration_loader(),
         job.attack,
         example_inputs=job.example_inputs,
-        estimator=arguments.estimator,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
+        estimator=job.arguments.estimator,
+        steps=steps,
+        seed=job.arguments.seed,
+        progress=not job.arguments.quiet,
     )
-    if out is not None and place()[0] == 0:
-        sensitivity.save(out / "sensitivity.json")
-        save_figure(sensitivity.plot(), out / "sensitivity")
-    print(json.dumps(sensitivity.to_dict()) if arguments.json else sensitivity)
 
 
-def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
+def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if not arguments.checkpoint:
         raise InputError(
             "checkpoint: give the model to fine-tune, --checkpoint FILE.safetensors: what tp-mrs prune has written, or "
@@ -156,9 +227,6 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
     checkpoint = out / "training.safetensors"
     finetuning = finetune(model, data, **training, checkpoint=checkpoint, log=out / "log.jsonl")
     after = _assessed(job, model)
-    if place()[0] > 0:
-        return
-    save(model, out / "model.safetensors", class_names=job.data.class_names)
     record = {
         "format": "tp_mrs.finetuning/1",
         "arguments": vars(arguments),
@@ -167,39 +235,43 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
         "after": after.to_dict(),
         "versions": versions(),
     }
-    write_json(out / "finetuning.json", record)
-    checkpoint.unlink()
-    if arguments.json:
-        print(json.dumps(record))
-        return
-    print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
-    print_change(before, after)
-    print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
-    print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    if place()[0] == 0:
+        save(model, out / "model.safetensors", class_names=job.data.class_names)
+        write_json(out / "finetuning.json", record)
+        save_figure(plot_training({"fine-tuning": finetuning.history}), out / "training")
+        write_config(out / "run.yaml", arguments)
+        checkpoint.unlink()
+    if not arguments.json:
+        print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
+        print_change(before, after)
+        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl, run.yaml, and a picture")
+        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+    return record
 
 
-def _evaluate(arguments: argparse.Namespace, device: torch.device) -> None:
+def _evaluate(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     result = _assessed(job, job.model(), masking=arguments.masking)
-    if arguments.json:
-        print(json.dumps(result.to_dict()))
-    else:
+    if not arguments.json:
         print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
+    return result.to_dict()
 
 
-def _assessed(job: Job, model: nn.Module, *, masking: bool = False) -> Evaluation:
+def _assessed(job: Job, model: nn.Module, *, masking: bool = False, eps: float | None = None) -> Evaluation:
     return evaluate(
         model,
         job.test_loader(),
         job.arguments.attacks,
-        eps=job.eps,
+        eps=job.eps if eps is None else eps,
         masking=masking,
         seed=job.arguments.seed,
         progress=not job.arguments.quiet,
     )
 
 
-def _export(arguments: argparse.Namespace, device: torch.device) -> None:
+def _export(arguments: argparse.Namespace, device: torch.device) -> Result:
+    if arguments.checkpoint is None:
+        raise InputError("checkpoint: give the model to export, tp-mrs export MODEL")
     if arguments.image_size is not None:
         check_count("image_size", arguments.image_size)
     source = Path(arguments.checkpoint)
@@ -212,8 +284,9 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> None:
     images = _images_for(model, arguments.image_size)
     check_output_folder(target.parent)
     export(model, target, images, format=arguments.format, opset=arguments.opset)
-    if not arguments.quiet:
+    if not arguments.quiet and not arguments.json:
         print(f"Written to {target}: takes images ({', '.join(map(str, ('N', *images.shape[1:])))}) in [0, 1]")
+    return {"path": str(target), "images": [None, *images.shape[1:]]}
 
 
 def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
@@ -225,12 +298,26 @@ def _images_for(model: nn.Module, image_size: int | None) -> Tensor:
     return torch.zeros(1, recipe.get("in_chans", 3), size, size)
 
 
+def _doctor(arguments: argparse.Namespace, device: torch.device) -> Result:
+    found = examine()
+    if not arguments.json:
+        print(summary(found))
+    return found
+
+
+def _completion(arguments: argparse.Namespace, device: torch.device) -> Result:
+    print(completion_script(arguments.shell))
+    return {}
+
+
 COMMANDS: dict[str, Run] = {
     "prune": _prune,
     "finetune": _finetune,
     "sensitivity": _sensitivity,
     "evaluate": _evaluate,
     "export": _export,
+    "doctor": _doctor,
+    "completion": _completion,
 }
 
 

@@ -60,19 +60,17 @@ def dense_model(
     Raises:
         InputError: as `create_model` and `finetune`; or the cache cannot be written.
     """
-    recipe = {
-        "format": FORMAT,
-        "data": data.name,
-        "train_images": len(data.train),  # type: ignore[arg-type]
-        "architecture": architecture,
-        "arguments": dict(arguments or {}),
-        "batch_size": batch_size,
-        "seed": seed,
-        "device": torch.device(device).type,
+    path = dense_file(
+        data,
+        architecture,
+        arguments=arguments,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        cache=cache,
         **training,
-    }
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    path = check_output_folder(cache or cache_folder()) / f"{architecture}-{data.name}-{key}.safetensors"
+    )
+    check_output_folder(path.parent)
     if path.exists():
         logger.info("dense model read from %s", path)
         return load(path, device=device)
@@ -90,3 +88,30 @@ def dense_model(
         save(model, path)
         checkpoint.unlink(missing_ok=True)
     return model.eval()
+
+
+def dense_file(
+    data: ImageData,
+    architecture: str,
+    *,
+    arguments: Mapping[str, Any] | None,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device,
+    cache: Path | None,
+    **training: Any,
+) -> Path:
+    """Where `dense_model` keeps what it makes of these arguments; the file may be there or not."""
+    recipe = {
+        "format": FORMAT,
+        "data": data.name,
+        "train_images": len(data.train),  # type: ignore[arg-type]
+        "architecture": architecture,
+        "arguments": dict(arguments or {}),
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": torch.device(device).type,
+        **training,
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return (cache or cache_folder()) / f"{architecture}-{data.name}-{key}.safetensors"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .evaluation import Evaluation
 from .files import write_bytes
 from .pipeline import Report
+from .plotting import plot_robustness, plot_training, plot_widths
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -36,13 +40,28 @@ def messages(*, quiet: bool) -> Iterator[None]:
 
 
 def print_report(report: Report, what: str) -> None:
-    last = report.rounds[-1]
-    rows = {"dense": report.before, "pruned": last.pruned, "fine-tuned": report.after}
-    title = f"{what}, {report.settings['budget']} {last.reached:.1%} of the dense model's"
-    print_evaluations({name: row for name, row in rows.items() if row is not None}, title)
+    title = f"{what}, {report.settings['budget']} {report.rounds[-1].reached:.1%} of the dense model's"
+    print_evaluations(report.stages, title)
 
 
-def print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
+def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
+    """Each accuracy in percent, with its interval; and each quantity, with its unit in the name."""
+    evaluations = list(rows.values())
+    accuracies = {
+        name: [(f"{100 * each.accuracy(name):.1f}", each.interval_text(name)) for each in evaluations]
+        for name in evaluations[0].names
+    }
+    sizes = {
+        "MACs (M)": [f"{each.macs / 1e6:.1f}" for each in evaluations],
+        "params (M)": [f"{each.params / 1e6:.3f}" for each in evaluations],
+        "MB": [f"{each.size_bytes / 1e6:.2f}" for each in evaluations],
+    }
+    if evaluations[0].latency_ms is not None:
+        sizes["ms, one image"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
+    return accuracies, sizes
+
+
+def print_evaluations(rows: Mapping[str, Evaluation], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -52,15 +71,12 @@ def print_evaluations(rows: dict[str, Evaluation], title: str) -> None:
     table.add_column("")
     for name in rows:
         table.add_column(name, justify="right")
-    for score in first.names:
-        cells = (f"{100 * row.accuracy(score):.1f} [dim]{row.interval_text(score)}[/dim]" for row in rows.values())
-        table.add_row(score, *cells)
+    accuracies, sizes = comparison(rows)
+    for name, cells in accuracies.items():
+        table.add_row(name, *(f"{value} [dim]{interval}[/dim]" for value, interval in cells))
     table.add_section()
-    table.add_row("MACs (M)", *(f"{row.macs / 1e6:.1f}" for row in rows.values()))
-    table.add_row("params (M)", *(f"{row.params / 1e6:.3f}" for row in rows.values()))
-    table.add_row("MB", *(f"{row.size_bytes / 1e6:.2f}" for row in rows.values()))
-    if first.latency_ms is not None:
-        table.add_row("ms, one image", *(f"{row.latency_ms or 0:.2f}" for row in rows.values()))
+    for name, values in sizes.items():
+        table.add_row(name, *values)
     Console().print(table)
     for name, row in rows.items():
         for sentence in row.warnings:
@@ -73,6 +89,18 @@ def print_change(before: Evaluation, after: Evaluation) -> None:
     width = max(map(len, after.names))
     for name in after.names:
         print(f"  {name:<{width}}  {after.difference(before, name)}")
+
+
+def pictures(report: Report) -> dict[str, Figure]:
+    """What there is to see in a report, under the names of the files."""
+    histories = {f"round {number}": each.finetuning for number, each in enumerate(report.rounds, start=1)}
+    epochs = {name: record.history for name, record in histories.items() if record is not None}
+    found = {"sensitivity": report.plot(), "widths": plot_widths(report.widths)}
+    if report.curves:
+        found["robustness"] = plot_robustness(report.curves)
+    if epochs:
+        found["training"] = plot_training(epochs)
+    return found
 
 
 def save_figure(figure: Any, stem: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import InputError
 from .files import check_output_folder, write_bytes
 from .processes import failing_together, place
+from .training import Epoch
 
 
 class EpochLog:
@@ -57,6 +58,23 @@ class EpochLog:
             return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
         except OSError as error:
             raise InputError(f"log: cannot read {self.path} ({error.strerror}); choose another file") from error
+
+
+def read_epochs(path: str | Path) -> tuple[Epoch, ...]:
+    """The epochs of the last run in a log.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        epochs = [Epoch(**json.loads(line)) for line in lines]
+    except OSError as error:
+        raise InputError(f"path: cannot read {path} ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"path: {path} is no log of epochs ({error})") from error
+    last = max((index for index, epoch in enumerate(epochs) if epoch.epoch == 1), default=0)
+    return tuple(epochs[last:])
 
 
 def _append(path: Path, lines: bytes) -> None:

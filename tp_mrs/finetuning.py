@@ -191,6 +191,7 @@ def _run(training: Training, file: Checkpoint | None, journal: EpochLog, *, ever
         unit="batch",
         disable=None if shown else True,
         leave=False,
+        mininterval=1,
     ) as bar:
         journal.update([asdict(epoch) for epoch in training.ended])
         while not training.finished:
@@ -203,16 +204,20 @@ def _run(training: Training, file: Checkpoint | None, journal: EpochLog, *, ever
                 file.write({**training.state(complete=training.finished), "log": journal.origin})
             if ended:
                 journal.update([asdict(epoch) for epoch in training.ended])
-            bar.set_postfix(_shown(training), refresh=False)
-            bar.update(training.done - before)
+            if bar.update(training.done - before):  # it is time to show something
+                bar.set_postfix(_shown(training))
 
 
 def _shown(training: Training) -> dict[str, Any]:
-    """What the progress bar says of the last epoch."""
-    last = training.history[-1]
+    """What the progress bar says of the last epoch and batch."""
+    last, batch = training.history[-1], training.update.robust_accuracy()
+    shown = {"epoch": last.epoch, "loss": f"{last.loss:.3f}"}
+    if batch is not None:
+        shown["batch robust"] = f"{batch:.0%}"
     measured = next((epoch for epoch in reversed(training.history) if epoch.robust is not None), None)
-    accuracy = {} if measured is None else {"clean": f"{measured.clean:.1%}", "robust": f"{measured.robust:.1%}"}
-    return {"epoch": last.epoch, "loss": f"{last.loss:.3f}", **accuracy}
+    if measured is not None:
+        shown |= {"held-out clean": f"{measured.clean:.1%}", "robust": f"{measured.robust:.1%}"}
+    return shown
 
 
 def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -14,18 +15,20 @@ from torch.utils.data import Dataset
 from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
-from .dense import cache_folder, dense_model
-from .errors import InputError, check_choice, check_count
+from .dense import cache_folder, dense_file, dense_model
+from .errors import InputError, check_choice, check_count, naming
 from .files import check_output_folder
 from .finetuning import check_options
 from .launch import first_one_first
 from .measuring import Estimator
 from .models import create_model, normalize
 from .objectives import Objective, ard, awp, resolve, rslad
+from .preview import attack_passes, evaluation_passes, training_passes
 from .processes import place
 from .storage import load
 from .tensorfile import read
 
+logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 250
 DISTILLATION = {"ard": ard, "rslad": rslad}  # objectives that learn from a teacher
 
@@ -55,13 +58,16 @@ class Job:
         )
         self._check_objective()
         self.eps = parse_eps(arguments.eps)
-        with first_one_first(needed=arguments.download):
+        download = arguments.download and not self._given("dry_run")
+        with first_one_first(needed=download):
             self.data: ImageData = load_data(
-                arguments.data, arguments.data_dir, download=arguments.download, image_size=arguments.image_size
+                arguments.data, arguments.data_dir, download=download, image_size=arguments.image_size
             )
         self.validation: Dataset[Any] | None = None
         if self._given("validation_images"):
             self.data, self.validation = hold_out(self.data, arguments.validation_images, seed=arguments.seed)
+        with naming("more_eps"):
+            self.sizes = [parse_eps(size) for size in self._given("more_eps").get("more_eps", [])]
         for name in (*arguments.attacks, *self._given("attack", "train_attack").values()):
             self._named(name)
 
@@ -104,22 +110,42 @@ class Job:
                 f"checkpoint: needed for {self.data.name}; give --checkpoint FILE.safetensors with robust weights, "
                 "or --dense-epochs N to train a dense model first"
             )
-        if not arguments.quiet:
-            print(f"Dense {arguments.model} on {self.data.name}", flush=True)
-        return dense_model(
-            self.data,
-            arguments.model,
-            arguments=arguments.model_kwargs,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            device=self.device,
-            cache=_dense_cache(),
-            progress=not arguments.quiet,
-            eps=self.eps,
-            attack=arguments.train_attack,
-            epochs=arguments.dense_epochs,
+        logger.info("dense %s on %s", arguments.model, self.data.name)
+        return dense_model(self.data, arguments.model, **self._dense_training(), progress=not arguments.quiet)
+
+    def known_model(self) -> nn.Module | None:
+        """The same if it needs no training; None if it does, or if nothing says for how long."""
+        arguments = self.arguments
+        if arguments.checkpoint:
+            return self._load("checkpoint", arguments.checkpoint)
+        kept = dense_file(self.data, arguments.model, **self._dense_training())
+        return load(kept, device=self.device) if kept.exists() else None
+
+    def _dense_training(self) -> dict[str, Any]:
+        arguments = self.arguments
+        return {
+            "arguments": arguments.model_kwargs,
+            "batch_size": arguments.batch_size,
+            "seed": arguments.seed,
+            "device": self.device,
+            "cache": _dense_cache(),
+            "eps": self.eps,
+            "attack": arguments.train_attack,
+            "epochs": arguments.dense_epochs,
             **self.training(),
+        }
+
+    def untrained(self) -> nn.Module:
+        """The architecture, untrained, for the data."""
+        channels, size, _ = self.data.shape
+        model = create_model(
+            self.arguments.model,
+            num_classes=self.data.num_classes,
+            in_chans=channels,
+            image_size=size,
+            **self.arguments.model_kwargs,
         )
+        return normalize(model, self.data.mean, self.data.std).to(self.device).eval()
 
     def training(self) -> dict[str, Any]:
         """Arguments of `finetune`, for the dense model and the pruned one alike."""
@@ -146,6 +172,27 @@ class Job:
             "epochs": arguments.epochs,
             "seed": arguments.seed,
             "progress": not arguments.quiet,
+        }
+
+    def passes(self, *, dense: bool, layers: int) -> dict[str, float]:
+        """Part of `tp-mrs prune` → about how many passes over the training images it takes, forward and backward.
+
+        Args:
+            dense: a dense model is to be trained, too.
+            layers: how many are measured, if need be one by one.
+        """
+        arguments = self.arguments
+        loaders = self.train_loader(), self.calibration_loader(), self.test_loader()
+        images, calibration, tested = (len(loader.dataset) for loader in loaders)
+        epoch = training_passes(arguments.objective, arguments.train_attack)
+        ascent = 5 * layers if arguments.estimator == "pga" else 0
+        evaluations = 1 + arguments.rounds + (arguments.epochs > 0)
+        once = attack_passes(arguments.attack) + 1 + ascent
+        return {
+            **({"training a dense model": epoch * (arguments.dense_epochs or 0)} if dense else {}),
+            "measuring": arguments.rounds * once * calibration / images,
+            "fine-tuning": arguments.rounds * epoch * arguments.epochs,
+            "evaluating": evaluations * evaluation_passes(arguments.attacks) * tested / images,
         }
 
     def output_folder(self) -> Path:
@@ -194,9 +241,9 @@ class Job:
     def _load(self, argument: str, path: str) -> nn.Module:
         """A file of `tp_mrs.save`, or a plain state dict of the architecture, for the classes of the data."""
         metadata, tensors = read(path)
-        classes = None if metadata else _classes_in(tensors, self._dense())
+        classes = None if metadata else _classes_in(tensors, self.untrained())
         if classes in (None, self.data.num_classes):
-            model = load(path, factory=None if metadata else self._dense, device=self.device)
+            model = load(path, factory=None if metadata else self.untrained, device=self.device)
             classes = num_classes(model, self.example_inputs)
         if classes != self.data.num_classes:
             raise InputError(
@@ -204,18 +251,6 @@ class Job:
                 f"{self.data.num_classes}; give a model made for this data, or its own data (--data)"
             )
         return model
-
-    def _dense(self) -> nn.Module:
-        """The architecture, untrained, for the data."""
-        channels, size, _ = self.data.shape
-        model = create_model(
-            self.arguments.model,
-            num_classes=self.data.num_classes,
-            in_chans=channels,
-            image_size=size,
-            **self.arguments.model_kwargs,
-        )
-        return normalize(model, self.data.mean, self.data.std)
 
 
 def _classes_in(tensors: Mapping[str, Tensor], architecture: Any) -> int | None:

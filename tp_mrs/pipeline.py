@@ -20,7 +20,7 @@ from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
 from .importance import BaseName, MRSImportance
 from .measuring import Estimator
-from .pruning import prune_by_ratio
+from .pruning import prune_by_ratio, width
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
 from .stages import Stages, plainly
@@ -41,6 +41,7 @@ class Round:
         reached: what the pruned model really has, likewise.
         sensitivity: of the model before pruning.
         ratios: root layer of each group → fraction of its channels that went.
+        widths: root layer of each group → its output channels before and after pruning, in the order of the network.
         pruned: evaluation after recalibrating, before fine-tuning; None without test data.
         finetuning: the training record; None with `epochs=0`.
     """
@@ -49,25 +50,43 @@ class Round:
     reached: float
     sensitivity: Sensitivity
     ratios: Mapping[str, float]
+    widths: Mapping[str, tuple[int, int]]
     pruned: Evaluation | None
     finetuning: Finetuning | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `mrpf` did: the model before and after (None without test data), each round, settings and versions."""
+    """What `mrpf` did: the model before and after (None without test data), each round, settings and versions.
+
+    `curves` has evaluations at several sizes of perturbation, name of the model → evaluations, if any were made, as by
+    `tp-mrs prune --more-eps`.
+    """
 
     before: Evaluation | None
     after: Evaluation | None
     rounds: tuple[Round, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=versions)
+    curves: Mapping[str, Sequence[Evaluation]] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> dict[str, Evaluation]:
+        """The evaluations there are: dense, pruned, fine-tuned."""
+        rows = {"dense": self.before, "pruned": self.rounds[-1].pruned}
+        if self.rounds[-1].finetuning is not None:
+            rows["fine-tuned"] = self.after
+        return {name: evaluation for name, evaluation in rows.items() if evaluation is not None}
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Root layer of each group → its output channels, dense and in the end."""
+        first, last = self.rounds[0].widths, self.rounds[-1].widths
+        return {name: (before, last.get(name, (after, after))[1]) for name, (before, after) in first.items()}
 
     def __str__(self) -> str:
-        last = self.rounds[-1]
-        rows = {"dense": self.before, "pruned": last.pruned, "fine-tuned": self.after}
-        lines = [f"{name:<11} {evaluation}" for name, evaluation in rows.items() if evaluation is not None]
-        return "\n".join([*lines, f"{self.settings['budget']}: {last.reached:.1%} of the dense model's"])
+        lines = [f"{name:<11} {evaluation}" for name, evaluation in self.stages.items()]
+        return "\n".join([*lines, f"{self.settings['budget']}: {self.rounds[-1].reached:.1%} of the dense model's"])
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -200,13 +219,15 @@ def mrpf(
         sensitivity = scores.sensitivity(example_inputs)
         wanted: dict[str, Any] = {**allocating, budget: fraction}
         ratios = allocate(model, example_inputs, sensitivity, **wanted)
-        names = {module: name for name, module in model.named_modules()}
+        roots = {name: module for name, module in model.named_modules() if module in ratios}
+        before = {name: width(root, "out") for name, root in roots.items()}
         prune_by_ratio(model, example_inputs, ratios, scores)
         recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
         return {
             "reached": amount(model, example_inputs, budget) / dense,
             "sensitivity": sensitivity.to_dict(),
-            "ratios": {names[module]: ratio for module, ratio in ratios.items()},
+            "ratios": {name: ratios[root] for name, root in roots.items()},
+            "widths": {name: (before[name], width(root, "out")) for name, root in roots.items()},
             "pruned": _plain(assess()),
         }
 
@@ -222,8 +243,17 @@ def mrpf(
         if epochs > 0:
             file = stages.file(f"round-{index + 1}-training")
             record = finetune(model, train_data, epochs=epochs, seed=seed + index, checkpoint=file, **training)
-        sensitivity = Sensitivity.from_dict(made["sensitivity"])
-        done.append(Round(goal, made["reached"], sensitivity, made["ratios"], _evaluation(made["pruned"]), record))
+        done.append(
+            Round(
+                goal,
+                made["reached"],
+                Sensitivity.from_dict(made["sensitivity"]),
+                made["ratios"],
+                {name: (before, after) for name, (before, after) in made["widths"].items()},
+                _evaluation(made["pruned"]),
+                record,
+            )
+        )
     after = assess() if epochs > 0 else done[-1].pruned
     return Report(_evaluation(start["before"]), after, tuple(done), settings)
 

@@ -220,3 +220,16 @@ def count(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
     with borrowed(model):
         macs, params = tp.utils.count_ops_and_params(model, example_inputs[:1])
     return int(macs), int(params)
+
+
+def width(module: nn.Module, side: Literal["out", "in"]) -> int:
+    """Number of output or input channels of a layer; 0 for what has none."""
+    names = {
+        "out": ("out_channels", "out_features", "num_features", "num_channels"),
+        "in": ("in_channels", "in_features", "num_features", "num_channels"),
+    }[side]
+    for name in names:
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    shape = getattr(module, "normalized_shape", None)
+    return int(shape[-1]) if shape else 0

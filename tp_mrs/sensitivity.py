@@ -142,9 +142,9 @@ class Sensitivity:
             if intervals:
                 numbers += "  {:>8.3g}–{:<8.3g}".format(*intervals[name])
             lines.append(f"{name:<{width}}  {numbers}  {bar}".rstrip())
-        return "\n".join([*lines, *self._doubts()])
+        return "\n".join([*lines, *self.doubts()])
 
-    def _doubts(self) -> list[str]:
+    def doubts(self) -> list[str]:
         """A sentence if the ranking might be another one with other images."""
         if not self.has_intervals:
             return [f"Too few images to say how stable this is; use at least {FEWEST_BLOCKS * SMALLEST_BLOCK}."]

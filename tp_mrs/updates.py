@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attacks import Perturb
 from .batches import num_classes
+from .borrowing import borrowed
 from .errors import InputError, check_batch, device_of
 from .numerics import Precision, autocast
 from .objectives import Objective, check_loss
@@ -38,6 +39,7 @@ class Update:
         self.objective, self.perturb = objective, perturb
         self.clip_norm, self.precision = clip_norm, precision
         self.num_classes: int | None = None
+        self._attacked: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[int, float]]:
         """The number of images and their mean loss in each of the batches, over all processes.
@@ -60,9 +62,22 @@ class Update:
         share(self.model.buffers())
         return [(size, loss / size) for size, loss in zip(sizes, add_up(torch.stack(losses)).tolist(), strict=True)]
 
+    def robust_accuracy(self) -> float | None:
+        """Of the model as it is now, in eval mode, on this process's last attacked images; None if none were."""
+        if self._attacked is None:
+            return None
+        model, (images, labels) = self.accelerator.unwrap_model(self.model), self._attacked
+        with borrowed(model), torch.no_grad(), autocast(images.device, self.precision):
+            return float((model(images).argmax(dim=1) == labels).float().mean())
+
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        def recorded(clean: Tensor, targets: Tensor) -> Tensor:
+            attacked = self.perturb(clean, targets)
+            self._attacked = (attacked, labels) if len(attacked) == len(labels) else None
+            return attacked
+
         with autocast(images.device, self.precision):
-            return check_loss(self.objective(self.model, images, labels, self.perturb))
+            return check_loss(self.objective(self.model, images, labels, recorded))
 
     def check(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """The batch on the model's device, fit for it."""
