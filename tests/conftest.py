@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,14 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
     assert np.random.get_state()[1].tolist() == rng[2]  # type: ignore[index]
+
+
+def run_python_blocks(page: Path) -> dict[str, Any]:
+    """Run a page's Python as it is written, one block after the other; returns the names that it leaves."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102 (our own pages)
+    return names
 
 
 def torchrun(*command: str, cwd: Path, timeout: int, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -43,7 +43,7 @@ def export(
 ) -> Path:
     """Write `model` in eval mode as a program for batches of any size; normalisation by `normalize` included.
 
-    The program is read again, run on random images in batches of 1, 3 and 5, and written only if its outputs are the
+    The program is read again, run on random images in batches of 1, 3 and 8, and written only if its outputs are the
     model's; ONNX by onnxruntime. All this happens on a copy on the CPU. No value of the example inputs is kept.
 
     Args:

@@ -126,9 +126,10 @@ def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> 
     Raises:
         InputError: lengths differ or don't fit the model, a std is not positive, or a mean is outside [0, 1].
 
-    >>> model = normalize(nn.Sequential(nn.Flatten()), [0.5], [0.25])
-    >>> model(torch.full((1, 1, 1, 2), 0.75))
-    tensor([[1., 1.]])
+    Examples:
+        >>> model = normalize(nn.Sequential(nn.Flatten()), [0.5], [0.25])
+        >>> model(torch.full((1, 1, 1, 2), 0.75))
+        tensor([[1., 1.]])
     """
     if len(mean) != len(std) or len(mean) == 0 or min(std) <= 0:
         raise InputError(f"mean, std: expected one of each per channel with std > 0, got mean={mean}, std={std}")

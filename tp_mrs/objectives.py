@@ -85,7 +85,7 @@ def ard(teacher: nn.Module, *, alpha: float = 1.0, temperature: float = 30.0) ->
         teacher: a robust model with the same classes, such as the dense one: `copy.deepcopy(model)` before pruning. It
             runs in eval mode without gradients and is not changed.
         alpha: weight of the teacher against the labels, in [0, 1].
-        temperature: > 0.
+        temperature: above 0.
 
     Raises:
         InputError: the teacher is no module. When called: it is on another device, has other classes, or is the model.

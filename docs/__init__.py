@@ -1,0 +1,1 @@
+"""The documentation: pages, and the little code that draws, fills in and joins them."""
