@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_the_loaders_generator_goes_on_where_the_run_left_it(tmp_path: Path) -> 
         states.append(data.generator.get_state())
     assert torch.equal(*states)
     assert not torch.equal(states[0], own_generator().generator.get_state())
+
+
+def test_a_copy_of_a_run_goes_on_with_the_copy_of_its_log(tmp_path: Path) -> None:
+    def files(folder: str) -> dict[str, Path]:
+        return {"checkpoint": tmp_path / folder / "run.safetensors", "log": tmp_path / folder / "log.jsonl"}
+
+    with pytest.raises(StopError):
+        train("list", objective=stopping(10), **files("here"))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    result, _ = train("list", objective=stopping(0), **files("there"))
+    lines = files("there")["log"].read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [vars(epoch) for epoch in result.history]
 
 
 SCRIPT = """

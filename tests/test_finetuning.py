@@ -290,15 +290,20 @@ def test_the_log_has_a_line_for_each_epoch_of_each_run(batches: Batches, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("left", "epochs"), [("", [1, 2]), ('{"epoch": 1}\n', [1, 2]), ('{"epo', [1, 2]), ("1\n2\n3\n", [1, 2])]
+    "left", ["", '{"epoch": 1}\n', '{"epo', '{"epoch": 1}', '{"epoch": 1}\n{"epoch"', '{"epoch": 1}\n{"epoch": 2}\n']
 )
-def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], tmp_path: Path) -> None:
+def test_a_log_that_a_crash_left_behind_is_mended(left: str, tmp_path: Path) -> None:
     path = tmp_path / "epochs.jsonl"
-    path.write_text("earlier\n")
-    origin = EpochLog(path).origin
     path.write_text("earlier\n" + left)
-    EpochLog(path, origin).update([{"epoch": epoch} for epoch in epochs])
+    EpochLog(path).update([{"epoch": 1}, {"epoch": 2}])
     assert path.read_text() == 'earlier\n{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_lines_that_another_run_added_to_the_log_stay(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.jsonl"
+    path.write_text('{"epoch": 1}\nanother\'s\n')
+    EpochLog(path).update([{"epoch": 1}, {"epoch": 2}])
+    assert path.read_text() == '{"epoch": 1}\nanother\'s\n{"epoch": 2}\n'
 
 
 @pytest.mark.parametrize(
@@ -316,6 +321,10 @@ def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], 
             "validation_attack: no torchattacks",
         ),
         ({"log": "/dev/null/log"}, "log: cannot write to /dev/null"),
+        ({"log": "/"}, r"log: cannot read / \(Is a directory\); choose another file"),
+        ({"log": 3}, "log: expected a path, as text or pathlib.Path, got 3"),
+        ({"checkpoint": 3}, "checkpoint: expected a path"),
+        ({"checkpoint": 3, "log": "log"}, "checkpoint: expected a path"),
     ],
 )
 def test_bad_arguments_for_validation_and_log(arguments: dict[str, Any], message: str, batches: Batches) -> None:

@@ -15,7 +15,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2 as transforms
 
-from .errors import InputError, check_choice, check_count
+from .errors import InputError, check_choice, check_count, check_path
 
 Transform = Callable[[Any], Tensor]
 
@@ -62,7 +62,7 @@ def load_data(
         return _digits()
     if data_dir is None:
         raise InputError(f"data_dir: {name} needs the folder that holds it; give data_dir (--data-dir)")
-    root = Path(data_dir).expanduser()
+    root = check_path("data_dir", data_dir)
     if not root.is_dir() and not download:
         raise InputError(f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download")
     if name == "image-folder":

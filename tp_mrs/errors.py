@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,14 @@ def check_choice(name: str, value: object, choices: object) -> None:
     shown = options if len(options) <= 12 else difflib.get_close_matches(str(value), options, n=5) or options[:5]
     more = "" if len(shown) == len(options) else f", … ({len(options)} in all)"
     raise InputError(f"{name}: expected one of {', '.join(shown)}{more}, got {value!r}")
+
+
+def check_path(name: str, value: str | Path) -> Path:
+    """Return `value` as a path, `~` expanded; raise `InputError` if it is none."""
+    try:
+        return Path(value).expanduser()
+    except (TypeError, RuntimeError) as error:  # no text; no such user
+        raise InputError(f"{name}: expected a path, as text or pathlib.Path, got {value!r}") from error
 
 
 def check_device(name: str | torch.device) -> torch.device:

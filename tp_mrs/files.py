@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, check_path
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -20,7 +20,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     Raises:
         InputError: the folder does not exist or cannot be written; an existing file stays as it was.
     """
-    target = Path(path)
+    target = check_path("path", path)
     part: str | None = None
     try:
         descriptor, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -56,7 +56,7 @@ def read_json(path: str | Path, format: str) -> dict[str, Any]:
         InputError: the file cannot be read, is no JSON object, or holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(check_path("path", path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"path: cannot read {path} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -78,7 +78,7 @@ def remove_leftovers(path: str | Path) -> None:
 
 def check_output_folder(path: str | Path, *, name: str = "out") -> Path:
     """Create the folder `path` if need be and make sure that files can be written in it; `name` is the argument's."""
-    folder = Path(path).expanduser()
+    folder = check_path(name, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -15,7 +15,7 @@ from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
 from .dense import cache_folder, dense_model
-from .errors import InputError, check_choice, check_count
+from .errors import InputError, check_choice, check_count, check_path
 from .files import check_output_folder
 from .finetuning import check_options
 from .launch import first_one_first
@@ -154,9 +154,9 @@ class Job:
         Raises:
             InputError: it cannot be written, or `model.safetensors` in it is what the command reads.
         """
-        folder = Path(self.arguments.out).expanduser()
+        folder = check_path("out", self.arguments.out)
         for name, path in self._given("checkpoint", "teacher").items():
-            if Path(path).resolve() == (folder / "model.safetensors").resolve():
+            if check_path(name, path).resolve() == (folder / "model.safetensors").resolve():
                 raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
         return check_output_folder(folder)
 
