@@ -156,6 +156,7 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
         (["--checkpoint", "SAVED", "--teacher", "SAVED"], "teacher: pgd learns from labels; for a teacher take"),
         (["--checkpoint", "FOUR"], "four.safetensors has 4 classes, but digits has 10; give a model made for this"),
         (["--checkpoint", "SAVED", "--objective", "ard", "--teacher", "FOUR"], "teacher: the model in"),
+        (["--checkpoint", "SAVED", "--objective", "ard", "--teacher", "/nowhere"], "teacher: cannot read /nowhere"),
         (["--checkpoint", "SAVED", "--accumulate", "0"], "accumulate: expected an integer >= 1"),
         (["--checkpoint", "SAVED", "--epochs", "0"], "epochs: expected a number > 0"),
         (["--checkpoint", "SAVED", "--validation-images", "1297"], "validation_images: expected fewer than the 1297"),
@@ -186,6 +187,28 @@ def test_a_model_of_other_classes_is_not_evaluated(tmp_path: Path, capsys: Captu
     options = ["--model", "resnet18", "--model-kwargs", "channels=8,8,8,8"]
     assert run("evaluate", *QUICK, *options, "--checkpoint", str(tmp_path / "plain.safetensors")) == 2
     assert "plain.safetensors has 4 classes, but digits has 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("plain", "checkpoint: the model in colour.safetensors has 3 channels, but digits has 1; give a model made"),
+        ("saved", "checkpoint: colour.safetensors does not fit digits (images: the model cannot run on"),
+        ("normalised", "checkpoint: colour.safetensors does not fit digits (images: the model cannot run on"),
+    ],
+)
+def test_a_model_for_other_images_is_not_evaluated(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tp_mrs.create_model("resnet18", num_classes=10, image_size=32, channels=(8, 8, 8, 8))
+    if kind == "plain":
+        safetensors.torch.save_file(model.state_dict(), "colour.safetensors")
+    else:
+        tp_mrs.save(model if kind == "saved" else tp_mrs.normalize(model, [0.5] * 3, [0.5] * 3), "colour.safetensors")
+    options = ["--model", "resnet18", "--model-kwargs", "channels=8,8,8,8"]
+    assert run("evaluate", *QUICK, *options, "--checkpoint", "colour.safetensors") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
@@ -227,7 +250,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--estimator", "sam"], "estimator: expected one of first_order, pga"),
         (["--base", "l7"], "base: expected one of taylor, magnitude"),
         (["--optimizer", "sgdd"], "optimizer: expected one of"),
-        (["--checkpoint", "/nowhere.safetensors"], "path: cannot read /nowhere.safetensors as safetensors"),
+        (["--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors as safetensors"),
         (["--device", "toaster"], "device: cannot use 'toaster' here"),
         (["--batch-size", "0"], "batch_size: expected an integer >= 1"),
         (["--test-images", "0"], "test_images: expected an integer >= 1"),

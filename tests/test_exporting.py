@@ -245,7 +245,7 @@ def test_options_of_the_command(saved: Path, tmp_path: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--format", "tflite"], "format: expected one of onnx, pt2, got 'tflite'"),
-        (["--out", "a/model.bin"], "path: expected a name that ends in .onnx or .pt2"),
+        (["--out", "a/model.bin"], "out: expected a name that ends in .onnx or .pt2"),
         (["--out", "/dev/null/model.onnx"], "out: cannot write to /dev/null"),
         (["--out", "{saved}", "--format", "onnx"], "is the model itself; choose another name"),
         (["--image-size", "0"], "image_size: expected an integer >= 1, got 0"),
@@ -279,7 +279,7 @@ def test_the_command_needs_a_model_that_says_its_image_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli.main(["export", str(tmp_path / "nowhere.safetensors")]) == 2
-    assert "path: cannot read" in capsys.readouterr().err
+    assert "model: cannot read" in capsys.readouterr().err
     monkeypatch.setattr(cli, "load", lambda _: small_cnn())
     assert cli.main(["export", str(tmp_path / "model.safetensors")]) == 2
     assert "image_size: the file does not say" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from ._version import versions
 from .allocation import single_budget
 from .arguments import fill_in, parser
 from .display import messages, print_change, print_evaluations, print_report, save_figure
-from .errors import DivergenceError, InputError, check_choice, check_count
+from .errors import DivergenceError, InputError, check_choice, check_count, naming
 from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
 from .files import check_output_folder, write_json
@@ -205,10 +205,12 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> None:
     source = Path(arguments.checkpoint)
     suffix = ".pt2" if arguments.format == "pt2" else ".onnx"
     target = Path(arguments.out) if arguments.out else source.with_suffix(suffix)
-    check_format(target, arguments.format, arguments.opset)
+    with naming("out", "path"):
+        check_format(target, arguments.format, arguments.opset)
     if target.resolve() == source.resolve():
         raise InputError(f"out: {target} is the model itself; choose another name")
-    model = load(source)
+    with naming("model", "path"):
+        model = load(source)
     images = _images_for(model, arguments.image_size)
     check_output_folder(target.parent)
     export(model, target, images, format=arguments.format, opset=arguments.opset)

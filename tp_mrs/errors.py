@@ -21,13 +21,24 @@ class DivergenceError(RuntimeError):
 
 
 @contextmanager
-def naming(argument: str) -> Iterator[None]:
-    """Start the message of an `InputError` with another argument's name than that of the part that raises it."""
+def naming(argument: str, part: str | None = None) -> Iterator[None]:
+    """Start the message of an `InputError` with the name of the user's argument, where a part has its own for it.
+
+    Args:
+        argument: such as `"validation_data"`.
+        part: what the part calls it; its last word if None: "data: …" becomes "validation_data: …", and with data,
+            "images: …" becomes "validation_data: images: …". What begins with any other name stays as it is.
+    """
+    kind = part or argument.rpartition("_")[2]
     try:
         yield
     except InputError as error:
-        kind = argument.rpartition("_")[2]  # "data: …" becomes "validation_data: …"
-        raise InputError(f"{argument}: {str(error).removeprefix(f'{argument}: ').removeprefix(f'{kind}: ')}") from error
+        subject, _, rest = str(error).partition(": ")
+        if subject == kind:
+            raise InputError(f"{argument}: {rest}") from error
+        if kind == "data" and subject in ("images", "labels"):
+            raise InputError(f"{argument}: {error}") from error
+        raise
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
