@@ -160,6 +160,7 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
         (["--checkpoint", "SAVED", "--accumulate", "0"], "accumulate: expected an integer >= 1"),
         (["--checkpoint", "SAVED", "--epochs", "0"], "epochs: expected a number > 0"),
         (["--checkpoint", "SAVED", "--validation-images", "1297"], "validation_images: expected fewer than the 1297"),
+        (["--checkpoint", "SAVED", "--workers", "-1"], "workers: expected an integer >= 0"),
         (["--checkpoint", "OUT/model.safetensors"], "out: the results would replace the checkpoint"),
     ],
 )
@@ -218,8 +219,28 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert (tmp_path / "sensitivity.svg").exists()
     assert run("sensitivity", *QUICK, "--estimator", "pga", "--steps", "1", "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run("sensitivity", *QUICK, "--steps", "0") == 2
+    assert "steps: expected an integer >= 1" in capsys.readouterr().err
     assert printed["settings"]["steps"] == 1
     assert set(printed["groups"]) == set(printed["members"])
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("prune", "report.json"),
+        ("finetune", "model.safetensors"),
+        ("finetune", "log.jsonl"),
+        ("sensitivity", "sensitivity.svg"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_result_is_seen_at_once(
+    command: str, file: str, saved: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_mrs.jobs.Job.model", lambda _: pytest.fail("began to work"))
+    (tmp_path / "out" / file).mkdir(parents=True)
+    assert run(command, "--checkpoint", saved, "--out", str(tmp_path / "out")) == 2
+    assert f"out: cannot write {tmp_path / 'out' / file}, it is a folder; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["prune"], ["finetune"], ["sensitivity"], ["evaluate"], ["export"]])

@@ -275,6 +275,15 @@ def test_the_command_refuses_in_one_line(
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+def test_a_folder_in_the_place_of_the_file_is_seen_at_once(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "export", lambda *_, **__: pytest.fail("exported before checking"))
+    (tmp_path / "model.onnx").mkdir()
+    assert cli.main(["export", str(saved), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "model.onnx, it is a folder; remove it" in capsys.readouterr().err
+
+
 def test_the_command_needs_a_model_that_says_its_image_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,11 @@ from .pipeline import check_options, mrpf
 from .processes import place
 from .storage import load, save
 
+PRUNED = ("model.safetensors", "report.json", "sensitivity.png", "sensitivity.svg")
+FINETUNED = ("model.safetensors", "finetuning.json", "log.jsonl")
+MEASURED = ("sensitivity.json", "sensitivity.png", "sensitivity.svg")
+"""The files that the commands write."""
+
 Run: TypeAlias = Callable[[argparse.Namespace, torch.device], None]
 
 
@@ -82,7 +87,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         round_to=arguments.round_to,
     )
     job = Job(arguments, device)
-    out = job.output_folder()
+    out = job.output_folder(*PRUNED)
     model = job.model()
     report = mrpf(
         model,
@@ -119,13 +124,13 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> None:
         print(json.dumps(report.to_dict()))
         return
     print_report(report, f"{job.data.name}, eps {arguments.eps}")
-    print(f"\nWritten to {out}: model.safetensors, report.json, sensitivity.png, sensitivity.svg")
+    print(f"\nWritten to {out}: {', '.join(PRUNED)}")
     print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
 
 
 def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> None:
     job = Job(arguments, device)
-    out = check_output_folder(arguments.out) if arguments.out else None
+    out = check_output_folder(arguments.out, files=MEASURED) if arguments.out else None
     sensitivity = measure_sensitivity(
         job.model(),
         job.calibration_loader(),
@@ -149,7 +154,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
             "with --model NAME a state dict of any timm model"
         )
     job = Job(arguments, device)
-    out = job.output_folder()
+    out = job.output_folder(*FINETUNED, "training.safetensors")
     model, data, training = job.model(), job.train_loader(), job.finetuning()
     check_training(model, data, **training)
     before = _assessed(job, model)
@@ -174,7 +179,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> None:
         return
     print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
     print_change(before, after)
-    print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl")
+    print(f"\nWritten to {out}: {', '.join(FINETUNED)}")
     print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
 
 
@@ -212,7 +217,7 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> None:
     with naming("model", "path"):
         model = load(source)
     images = _images_for(model, arguments.image_size)
-    check_output_folder(target.parent)
+    check_output_folder(target.parent, files=[target.name])
     export(model, target, images, format=arguments.format, opset=arguments.opset)
     if not arguments.quiet:
         print(f"Written to {target}: takes images ({', '.join(map(str, ('N', *images.shape[1:])))}) in [0, 1]")

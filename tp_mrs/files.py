@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def remove_leftovers(path: str | Path) -> None:
                 part.unlink()
 
 
-def check_output_folder(path: str | Path, *, name: str = "out") -> Path:
-    """Create the folder `path` if need be and make sure that files can be written in it; `name` is the argument's."""
+def check_output_folder(path: str | Path, *, name: str = "out", files: Iterable[str] = ()) -> Path:
+    """Create the folder `path` if need be and make sure that `files` can be written in it; `name` is the argument's."""
     folder = check_path(name, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,4 +86,9 @@ def check_output_folder(path: str | Path, *, name: str = "out") -> Path:
             pass
     except OSError as error:
         raise InputError(f"{name}: cannot write to {folder} ({error.strerror}); choose a writable folder") from error
+    for file in files:
+        if (folder / file).is_dir():
+            raise InputError(
+                f"{name}: cannot write {folder / file}, it is a folder; remove it, or choose another place"
+            )
     return folder

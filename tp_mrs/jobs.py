@@ -44,8 +44,9 @@ class Job:
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
-        for name, value in self._given("batch_size", "calibration_images", "test_images").items():
+        for name, value in self._given("batch_size", "calibration_images", "test_images", "steps").items():
             check_count(name, value)
+        check_count("workers", arguments.workers, low=0)
         check_choice("estimator", getattr(arguments, "estimator", "first_order"), get_args(Estimator))
         check_options(
             lr=arguments.lr,
@@ -149,8 +150,8 @@ class Job:
             "progress": not arguments.quiet,
         }
 
-    def output_folder(self) -> Path:
-        """The folder for the results, ready to be written in, and not the one that the checkpoint would be lost from.
+    def output_folder(self, *files: str) -> Path:
+        """The folder for the results, ready for these files, and not the one that the checkpoint would be lost from.
 
         Raises:
             InputError: it cannot be written, or `model.safetensors` in it is what the command reads.
@@ -159,7 +160,7 @@ class Job:
         for name, path in self._given("checkpoint", "teacher").items():
             if check_path(name, path).resolve() == (folder / "model.safetensors").resolve():
                 raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
-        return check_output_folder(folder)
+        return check_output_folder(folder, files=files)
 
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the arguments that the command has and that have a value."""
