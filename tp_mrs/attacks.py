@@ -53,12 +53,13 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
             needs gradients, and the model's outputs have none.
     """
     built = build(attack, model)
-    if _is_l2(built) and 0 < built.eps < SMALL_L2:
+    norm, eps = _size(built)
+    if norm == "L2" and eps is not None and 0 < eps < SMALL_L2:
         logger.warning(
             "this %s moves images by %g in the L2 norm, which is next to nothing and usual in the L∞ norm; "
             "in L2, 128/255 is usual",
             _name(built),
-            built.eps,
+            eps,
         )
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
@@ -106,15 +107,18 @@ def build(attack: AttackLike, model: nn.Module) -> Attack:
             f"attack: built for {built.device}, but the model is on {device}; "
             f"call attack.set_device({str(device)!r}) or pass a factory"
         )
-    if not _is_l2(built) and isinstance(getattr(built, "eps", None), int | float):
+    norm, eps = _size(built)
+    if norm == "Linf" and eps is not None:
         with naming(f"attack: this {_name(built)}'s eps", "eps"):
-            parse_eps(built.eps)
+            parse_eps(eps)
     return built
 
 
-def _is_l2(attack: Any) -> bool:
-    """Whether its `eps` bounds the L2 norm of what is added to an image; most bound the largest value."""
-    return attack.attack in _BOUNDED_L2 or getattr(attack, "norm", "Linf") == "L2"
+def _size(attack: Any) -> tuple[str, float | None]:
+    """The norm of what is added to an image, L∞ unless an attack says otherwise, and its bound if there is one."""
+    eps = getattr(attack, "eps", None)
+    norm = "L2" if attack.attack in _BOUNDED_L2 else getattr(attack, "norm", "Linf")
+    return norm, eps if isinstance(eps, int | float) else None
 
 
 def _check_classes(attack: Any, model: nn.Module, images: Tensor) -> None:
