@@ -223,7 +223,7 @@ def path(tmp_path: Path) -> Path:
         ({"attack": "pgd-3"}, "attack is .*steps=2.* there, .*steps=3.* here"),
         ({"ema": None}, "ema is 0.6 there, None here"),
         ({"epochs": 3}, "epochs is 2.5 there, 3 here"),
-        ({"data": image_batches(6, size=2, side=8), "epochs": 2.5 * 7 / 6}, "epochs"),
+        ({"data": image_batches(6, size=2, side=8)}, "batches of train_data is 7 there, 6 here"),
         (
             {"data": DataLoader(TensorDataset(*map(torch.cat, zip(*as_list(), strict=True))), 2)},
             "type of train_data is",
@@ -245,6 +245,13 @@ def test_a_checkpoint_of_another_run(arguments: dict[str, Any], difference: str,
     assert path.read_bytes() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_a_checkpoint_of_other_processes_says_so_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("finetuning", "passes"):
+        monkeypatch.setattr(f"tp_mrs.{module}.place", lambda: (0, 2))
+    with pytest.raises(InputError, match="is of another run: the number of processes is 1 there, 2 here"):
+        train("list", objective=stopping(0), checkpoint=path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "pickle", "model"])

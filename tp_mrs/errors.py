@@ -105,6 +105,15 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
+def check_full_precision(name: str, weight: Tensor) -> None:
+    """Raise `InputError` if small changes of a weight would be lost in rounding."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"model: expected weights of torch.float32, {name} has {weight.dtype}; small changes would be lost in "
+            "rounding. Use model.float(), and precision='bf16' for speed"
+        )
+
+
 def check_example_inputs(model: nn.Module, example_inputs: Tensor) -> None:
     """Raise `InputError` unless `example_inputs` is an image batch on the model's device."""
     device = device_of(model)

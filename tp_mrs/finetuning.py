@@ -19,7 +19,16 @@ from .batches import extent
 from .borrowing import preserved_flags, preserved_rng
 from .checkpoints import Checkpoint
 from .epochlog import EpochLog
-from .errors import DivergenceError, InputError, check_choice, check_count, check_number, check_path, device_of
+from .errors import (
+    DivergenceError,
+    InputError,
+    check_choice,
+    check_count,
+    check_full_precision,
+    check_number,
+    check_path,
+    device_of,
+)
 from .numerics import Precision, check_precision, in_channels_last
 from .objectives import Objective, Recipe, name_of, resolve
 from .passes import Passes, epoch_length
@@ -151,7 +160,7 @@ def finetune(
     given = {name: value for name, value in locals().items() if name not in ("model", "train_data")}
     join()
     plan = _Plan.of(model, train_data, given)
-    file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.settings | plan.circumstances(model))
+    file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.circumstances(model) | plan.settings)
     saved = None if file is None else file.read()
     if saved is not None and saved["complete"]:
         put_tensors(model, saved["model"])
@@ -264,8 +273,8 @@ class _Plan:
         held_out = None if self.validation is None else self.validation.data
         parts = {"train_data": self.data} | ({} if held_out is None else {"validation_data": held_out})
         return {
-            **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of processes": place()[1],
+            **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of trainable tensors": sum(parameter.requires_grad for parameter in model.parameters()),
         }
 
@@ -358,8 +367,15 @@ def check_options(
 
 def _check_trainable(model: nn.Module) -> None:
     device_of(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
         raise InputError("model: none of its parameters requires a gradient; call model.requires_grad_(True)")
+    for name, parameter in trained.items():
+        check_full_precision(name, parameter)
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"model: {name} holds NaN or infinity, from which no training recovers; load other weights"
+            )
 
 
 def _resolve(
