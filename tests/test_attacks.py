@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +191,21 @@ def test_an_attack_that_returns_nan() -> None:
 
     with pytest.raises(DivergenceError, match="attack: FGSM returned NaN"):
         bind(Breaks, small_cnn())(torch.rand(1, 3, 8, 8), torch.zeros(1, dtype=torch.long))
+    model: Any = small_cnn()
+    nn.init.constant_(model[3].weight, math.nan)
+    with pytest.raises(DivergenceError, match="attack: PGDL2 returned NaN or infinity: 3 is the first module"):
+        bind(torchattacks.PGDL2, model)(torch.rand(1, 3, 8, 8), torch.zeros(1, dtype=torch.long))
+
+
+def test_sizes_that_belong_to_another_norm_or_range(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_cnn()
+    bind(lambda model: torchattacks.PGDL2(model, eps=0.5), model)
+    assert not caplog.messages
+    for attack in (torchattacks.PGDL2(model, eps=8 / 255), torchattacks.APGD(model, norm="L2", eps=8 / 255)):
+        bind(attack, model)
+        assert "moves images by 0.0313725 in the L2 norm, which is next to nothing" in caplog.messages.pop()
+    with pytest.raises(InputError, match=r"attack: this PGD's eps: expected .* got 8; did you mean 8/255\?"):
+        bind(lambda model: torchattacks.PGD(model, eps=8), model)
 
 
 def test_an_attack_on_another_device() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,18 @@ def test_the_loaders_generator_goes_on_where_the_run_left_it(tmp_path: Path) -> 
     assert not torch.equal(states[0], own_generator().generator.get_state())
 
 
+def test_a_copy_of_a_run_goes_on_with_the_copy_of_its_log(tmp_path: Path) -> None:
+    def files(folder: str) -> dict[str, Path]:
+        return {"checkpoint": tmp_path / folder / "run.safetensors", "log": tmp_path / folder / "log.jsonl"}
+
+    with pytest.raises(StopError):
+        train("list", objective=stopping(10), **files("here"))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    result, _ = train("list", objective=stopping(0), **files("there"))
+    lines = files("there")["log"].read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [vars(epoch) for epoch in result.history]
+
+
 SCRIPT = """
 import sys
 import safetensors.torch
@@ -210,7 +223,7 @@ def path(tmp_path: Path) -> Path:
         ({"attack": "pgd-3"}, "attack is .*steps=2.* there, .*steps=3.* here"),
         ({"ema": None}, "ema is 0.6 there, None here"),
         ({"epochs": 3}, "epochs is 2.5 there, 3 here"),
-        ({"data": image_batches(6, size=2, side=8), "epochs": 2.5 * 7 / 6}, "epochs"),
+        ({"data": image_batches(6, size=2, side=8)}, "batches of train_data is 7 there, 6 here"),
         (
             {"data": DataLoader(TensorDataset(*map(torch.cat, zip(*as_list(), strict=True))), 2)},
             "type of train_data is",
@@ -232,6 +245,13 @@ def test_a_checkpoint_of_another_run(arguments: dict[str, Any], difference: str,
     assert path.read_bytes() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_a_checkpoint_of_other_processes_says_so_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("finetuning", "passes"):
+        monkeypatch.setattr(f"tp_mrs.{module}.place", lambda: (0, 2))
+    with pytest.raises(InputError, match="is of another run: the number of processes is 1 there, 2 here"):
+        train("list", objective=stopping(0), checkpoint=path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "pickle", "model"])

@@ -209,9 +209,11 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
         (["--checkpoint", "SAVED", "--teacher", "SAVED"], "teacher: pgd learns from labels; for a teacher take"),
         (["--checkpoint", "FOUR"], "four.safetensors has 4 classes, but digits has 10; give a model made for this"),
         (["--checkpoint", "SAVED", "--objective", "ard", "--teacher", "FOUR"], "teacher: the model in"),
+        (["--checkpoint", "SAVED", "--objective", "ard", "--teacher", "/nowhere"], "teacher: cannot read /nowhere"),
         (["--checkpoint", "SAVED", "--accumulate", "0"], "accumulate: expected an integer >= 1"),
         (["--checkpoint", "SAVED", "--epochs", "0"], "epochs: expected a number > 0"),
         (["--checkpoint", "SAVED", "--validation-images", "1297"], "validation_images: expected fewer than the 1297"),
+        (["--checkpoint", "SAVED", "--workers", "-1"], "workers: expected an integer >= 0"),
         (["--checkpoint", "OUT/model.safetensors"], "out: the results would replace the checkpoint"),
     ],
 )
@@ -241,6 +243,28 @@ def test_a_model_of_other_classes_is_not_evaluated(tmp_path: Path, capsys: Captu
     assert "plain.safetensors has 4 classes, but digits has 10" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("plain", "checkpoint: the model in colour.safetensors has 3 channels, but digits has 1; give a model made"),
+        ("saved", "checkpoint: colour.safetensors does not fit digits (images: the model cannot run on"),
+        ("normalised", "checkpoint: colour.safetensors does not fit digits (images: the model cannot run on"),
+    ],
+)
+def test_a_model_for_other_images_is_not_evaluated(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tp_mrs.create_model("resnet18", num_classes=10, image_size=32, channels=(8, 8, 8, 8))
+    if kind == "plain":
+        safetensors.torch.save_file(model.state_dict(), "colour.safetensors")
+    else:
+        tp_mrs.save(model if kind == "saved" else tp_mrs.normalize(model, [0.5] * 3, [0.5] * 3), "colour.safetensors")
+    options = ["--model", "resnet18", "--model-kwargs", "channels=8,8,8,8"]
+    assert run("evaluate", *QUICK, *options, "--checkpoint", "colour.safetensors") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert run("sensitivity", *QUICK, "--out", str(tmp_path)) == 0
     assert "Module Robustness Sensitivity on 32 images" in capsys.readouterr().out
@@ -248,6 +272,8 @@ def test_sensitivity_prints_and_writes(tmp_path: Path, capsys: Capture) -> None:
     assert (tmp_path / "sensitivity.svg").exists()
     assert run("sensitivity", *QUICK, "--estimator", "pga", "--steps", "1", "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run("sensitivity", *QUICK, "--steps", "0") == 2
+    assert "steps: expected an integer >= 1" in capsys.readouterr().err
     assert printed["settings"]["steps"] == 1
     assert set(printed["groups"]) == set(printed["members"])
 
@@ -304,6 +330,24 @@ def test_doctor_needs_no_optional_package() -> None:
     assert "torchattacks" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("prune", "report.json"),
+        ("finetune", "model.safetensors"),
+        ("finetune", "log.jsonl"),
+        ("sensitivity", "sensitivity.svg"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_result_is_seen_at_once(
+    command: str, file: str, saved: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tp_mrs.jobs.Job.model", lambda _: pytest.fail("began to work"))
+    (tmp_path / "out" / file).mkdir(parents=True)
+    assert run(command, "--checkpoint", saved, "--out", str(tmp_path / "out")) == 2
+    assert f"out: cannot write {tmp_path / 'out' / file}, it is a folder; remove it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
@@ -333,7 +377,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--estimator", "sam"], "estimator: expected one of first_order, pga"),
         (["--base", "l7"], "base: expected one of taylor, magnitude"),
         (["--optimizer", "sgdd"], "optimizer: expected one of"),
-        (["--checkpoint", "/nowhere.safetensors"], "path: cannot read /nowhere.safetensors as safetensors"),
+        (["--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors as safetensors"),
         (["--device", "toaster"], "device: cannot use 'toaster' here"),
         (["--batch-size", "0"], "batch_size: expected an integer >= 1"),
         (["--test-images", "0"], "test_images: expected an integer >= 1"),

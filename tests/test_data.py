@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -136,6 +137,15 @@ def test_missing_files(name: str, tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(InputError, match="data: expected one of digits, cifar10"):
         load_data("mnist")
+    folder: Any = 3
+    with pytest.raises(InputError, match="data_dir: expected a path"):
+        load_data("cifar10", folder)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_no_size_of_images(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"image_size: expected an integer >= 1, got {size}"):
+        load_data("image-folder", tmp_path, image_size=size)
 
 
 def test_different_classes_in_the_splits(tmp_path: Path) -> None:
@@ -212,12 +222,14 @@ def test_a_missing_file_is_named(cifar: Path) -> None:
 
 
 def test_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> None:
-        raise URLError("no network")
+    for reason in (URLError("no network"), IncompleteRead(b"half")):
 
-    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
-    with pytest.raises(InputError, match=r"could not fetch or read cifar10 .*no network.*; try again"):
-        load_data("cifar10", tmp_path, download=True)
+        def stops(*_: Any, reason: Exception = reason, **__: Any) -> None:
+            raise reason
+
+        monkeypatch.setattr(datasets.CIFAR10, "download", stops)
+        with pytest.raises(InputError, match=r"could not fetch or read cifar10 .*(no network|Incomplete).*; try again"):
+            load_data("cifar10", tmp_path, download=True)
     for name in ("tiny-imagenet", "image-folder"):
         with pytest.raises(InputError, match=f"download: torchvision offers no {name}"):
             load_data(name, tmp_path, download=True)
@@ -324,6 +336,13 @@ def test_held_out_images() -> None:
     assert all(abs(counts[label] - 100 * whole[label] / 1297) < 1 for label in range(10))
     again, other = hold_out(data, 100, seed=1)[1], hold_out(data, 100, seed=2)[1]
     assert keys(again[i] for i in range(100)) == keys(images) != keys(other[i] for i in range(100))
+
+
+def test_images_held_out_of_the_rest_are_in_proportion_too() -> None:
+    rest: Any = hold_out(load_data("digits"), 297)[0]
+    held: Any = hold_out(rest, 100)[1]
+    counts, whole = (Counter(int(part[i][1]) for i in range(len(part))) for part in (held, rest.calibration))
+    assert all(abs(counts[label] - whole[label] / 10) < 1 for label in range(10))
 
 
 def test_held_out_images_read_no_image_for_their_labels(tmp_path: Path) -> None:

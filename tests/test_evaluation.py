@@ -180,7 +180,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, batches: Batches
 def test_a_model_that_returns_nan(batches: Batches) -> None:
     model: Any = small_cnn()
     torch.nn.init.constant_(model[7].weight, float("nan"))
-    with pytest.raises(DivergenceError, match="the model returned NaN"):
+    with pytest.raises(DivergenceError, match=r"the model returned NaN .*: 7 is the first module"):
         evaluate(model, batches, [])
 
 

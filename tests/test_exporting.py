@@ -245,7 +245,7 @@ def test_options_of_the_command(saved: Path, tmp_path: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--format", "tflite"], "format: expected one of onnx, pt2, got 'tflite'"),
-        (["--out", "a/model.bin"], "path: expected a name that ends in .onnx or .pt2"),
+        (["--out", "a/model.bin"], "out: expected a name that ends in .onnx or .pt2"),
         (["--out", "/dev/null/model.onnx"], "out: cannot write to /dev/null"),
         (["--out", "{saved}", "--format", "onnx"], "is the model itself; choose another name"),
         (["--image-size", "0"], "image_size: expected an integer >= 1, got 0"),
@@ -275,11 +275,20 @@ def test_the_command_refuses_in_one_line(
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+def test_a_folder_in_the_place_of_the_file_is_seen_at_once(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "export", lambda *_, **__: pytest.fail("exported before checking"))
+    (tmp_path / "model.onnx").mkdir()
+    assert cli.main(["export", str(saved), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "model.onnx, it is a folder; remove it" in capsys.readouterr().err
+
+
 def test_the_command_needs_a_model_that_says_its_image_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli.main(["export", str(tmp_path / "nowhere.safetensors")]) == 2
-    assert "path: cannot read" in capsys.readouterr().err
+    assert "model: cannot read" in capsys.readouterr().err
     monkeypatch.setattr(cli, "load", lambda _: small_cnn())
     assert cli.main(["export", str(tmp_path / "model.safetensors")]) == 2
     assert "image_size: the file does not say" in capsys.readouterr().err

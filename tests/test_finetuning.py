@@ -169,16 +169,23 @@ def test_frozen_norms_keep_their_statistics(batches: Batches) -> None:
         ({"clip_norm": 0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate: expected an integer >= 1"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+        ({"attack": lambda model: torchattacks.PGD(model, eps=8)}, "attack: this PGD's eps: expected .*mean 8/255"),
+        ({"attack": "apgdt-1"}, "attack: this APGDT was made for 10 classes, but the model has 4; make it with"),
+        ({"attack": "autoattack-1"}, "attack: this APGDT was made for 10 classes"),
         ({"attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
         ({"train_data": [{"image": 1, "label": 2}]}, "data: expected batches of"),
         ({"train_data": [(torch.rand(2, 3, 32, 32).numpy(), torch.tensor([0, 1]))]}, "images: expected a floating"),
-        ({"train_data": []}, r"len\(train_data\)"),
+        ({"train_data": []}, "train_data: it has no batch; expected at least one"),
         ({"train_data": iter([])}, "train_data: expected a DataLoader or a list"),
         ({"train_data": [(torch.rand(2, 3, 32, 32), torch.tensor([0, 9]))]}, "labels: expected classes 0 to 3"),
         ({"train_data": [(torch.rand(2, 3, 32, 32) + 1, torch.tensor([0, 1]))]}, "images: expected values in"),
         (
             {"objective": lambda model, images, labels, attack: model(images)},
             "objective: expected it to return a scalar",
+        ),
+        (
+            {"objective": lambda model, images, labels, attack: model(images).mean().detach()},
+            r"objective: .* got torch.float32 of shape \(\) without a gradient",
         ),
         ({"objective": lambda model, images, labels, attack: 3.0}, "objective: .* got float"),
     ],
@@ -194,6 +201,20 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, b
 def test_a_frozen_model(batches: Batches) -> None:
     with pytest.raises(InputError, match="model: none of its parameters requires a gradient"):
         finetune(small_cnn().requires_grad_(False), batches)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nn.Module.half, r"expected weights of torch.float32, scale has torch.float16.*model.float\(\)"),
+        (lambda model: nn.init.constant_(model.scale, math.inf), "scale holds NaN or infinity.*load other weights"),
+    ],
+)
+def test_weights_that_cannot_be_trained(spoil: Any, message: str, batches: Batches) -> None:
+    model = Bright()
+    spoil(model)
+    with pytest.raises(InputError, match=f"model: {message}"):
+        finetune(model, batches)
 
 
 def test_int32_labels(batches: Batches) -> None:
@@ -318,15 +339,20 @@ def test_the_log_has_a_line_for_each_epoch_of_each_run(batches: Batches, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("left", "epochs"), [("", [1, 2]), ('{"epoch": 1}\n', [1, 2]), ('{"epo', [1, 2]), ("1\n2\n3\n", [1, 2])]
+    "left", ["", '{"epoch": 1}\n', '{"epo', '{"epoch": 1}', '{"epoch": 1}\n{"epoch"', '{"epoch": 1}\n{"epoch": 2}\n']
 )
-def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], tmp_path: Path) -> None:
+def test_a_log_that_a_crash_left_behind_is_mended(left: str, tmp_path: Path) -> None:
     path = tmp_path / "epochs.jsonl"
-    path.write_text("earlier\n")
-    origin = EpochLog(path).origin
     path.write_text("earlier\n" + left)
-    EpochLog(path, origin).update([{"epoch": epoch} for epoch in epochs])
+    EpochLog(path).update([{"epoch": 1}, {"epoch": 2}])
     assert path.read_text() == 'earlier\n{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_lines_that_another_run_added_to_the_log_stay(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.jsonl"
+    path.write_text('{"epoch": 1}\nanother\'s\n')
+    EpochLog(path).update([{"epoch": 1}, {"epoch": 2}])
+    assert path.read_text() == '{"epoch": 1}\nanother\'s\n{"epoch": 2}\n'
 
 
 @pytest.mark.parametrize(
@@ -336,7 +362,7 @@ def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], 
         ({"patience": 0, "validation_data": slope_data()}, "patience: expected an integer >= 1"),
         ({"ema": 1.5}, r"ema: expected a number in \[0, 1\]"),
         ({"checkpoint_every": 0}, "checkpoint_every: expected an integer >= 1"),
-        ({"validation_data": iter([])}, "validation_data: expected what can be read again"),
+        ({"validation_data": iter([])}, "validation_data: expected .* that can be read again"),
         ({"validation_data": []}, "validation_data: .*it yielded no batch"),
         ({"validation_data": [(torch.rand(2, 3, 32, 32) + 1, LABEL)]}, "validation_data: images: expected values"),
         (
@@ -344,6 +370,10 @@ def test_a_log_that_a_crash_left_behind_is_mended(left: str, epochs: list[int], 
             "validation_attack: no torchattacks",
         ),
         ({"log": "/dev/null/log"}, "log: cannot write to /dev/null"),
+        ({"log": "/"}, r"log: cannot read / \(Is a directory\); choose another file"),
+        ({"log": 3}, "log: expected a path, as text or pathlib.Path, got 3"),
+        ({"checkpoint": 3}, "checkpoint: expected a path"),
+        ({"checkpoint": 3, "log": "log"}, "checkpoint: expected a path"),
     ],
 )
 def test_bad_arguments_for_validation_and_log(arguments: dict[str, Any], message: str, batches: Batches) -> None:

@@ -120,7 +120,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(InputError, match="path: cannot read /dev/zero"):
         load("/dev/zero")
-    with pytest.raises(InputError, match="path: expected the name of a file, got NoneType"):
+    with pytest.raises(InputError, match=r"path: expected a path, as text or pathlib\.Path, got None"):
         load(None)  # type: ignore[arg-type]
 
 

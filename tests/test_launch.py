@@ -96,7 +96,7 @@ def test_prune_in_rounds(saved: str, tmp_path: Path) -> None:
     [
         (["prune", "--lr", "much"], "argument --lr: invalid float value"),
         (["evaluate", "--device", "cuda:1"], "device: each process takes its own; expected auto, cpu or cuda"),
-        (["evaluate", "--checkpoint", "/nowhere.safetensors"], "path: cannot read /nowhere.safetensors"),
+        (["evaluate", "--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors"),
         (["sensitivity", *MEASURE, "--batch-size", "96", "--checkpoint", "SAVED"], "data: no batch for process 1 of 2"),
     ],
 )

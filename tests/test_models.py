@@ -68,6 +68,13 @@ def test_normalisation_moves_with_the_model() -> None:
     assert model(torch.rand(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_grey_images_do_not_pass_for_coloured_ones() -> None:
+    grey = torch.rand(1, 1, 8, 8)
+    assert normalize(small_cnn(), [0.5], [0.5])(torch.rand(1, 3, 8, 8)).shape == (1, 4)
+    with pytest.raises(InputError, match="images: expected 3 channels, as normalised by the model, got 1"):
+        normalize(small_cnn(), [0.5] * 3, [0.5] * 3)(grey)
+
+
 @pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5, 0.5]), ([], []), ([0.5], [0.0]), ([0.5], [-1.0])])
 def test_bad_statistics(mean: list[float], std: list[float]) -> None:
     with pytest.raises(InputError, match="mean, std: expected one of each per channel"):

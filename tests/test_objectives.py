@@ -331,6 +331,38 @@ def test_unknown_names(name: Any, batches: Batches) -> None:
         finetune(small_cnn(), batches, objective=name)
 
 
+class Loss(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda model, images: None, r"got <lambda>\(model, images\) \(too many positional arguments\)"),
+        (lambda a, b, c, d, e: None, r"got <lambda>\(a, b, c, d, e\) \(missing a required argument: 'e'\)"),
+        (lambda a, b, c, d, *, weight: None, "missing a required .*argument: 'weight'"),
+        (Loss(), r"got Loss\(\)\(logits: "),
+    ],
+)
+def test_functions_that_take_other_arguments(objective: Any, message: str, batches: Batches) -> None:
+    model, known = small_cnn(), "a function .model, images, labels, attack. -> loss"
+    with unchanged(model), pytest.raises(InputError, match=f"objective: expected {known}, .*{message}"):
+        finetune(model, batches, objective=objective)
+    with pytest.raises(InputError, match=message):
+        awp(objective)
+
+
+def test_an_objective_that_does_not_tell_its_arguments(batches: Batches) -> None:
+    class Silent:
+        __signature__ = "none"
+
+        def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, attack: Any) -> Tensor:
+            return standard(model, images, labels, attack)
+
+    assert finetune(small_cnn(), batches, objective=Silent()).images == 12
+
+
 def test_awp_of_an_objective_that_returns_no_scalar(batches: Batches) -> None:
     with pytest.raises(InputError, match="objective: expected it to return a scalar"):
         finetune(small_cnn(), batches, objective=awp(lambda model, images, labels, attack: model(images)))

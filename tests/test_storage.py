@@ -327,6 +327,9 @@ def test_models_that_cannot_be_saved(model: Any, message: str, tmp_path: Path) -
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path: cannot write .* choose a writable folder"):
         save(small_cnn(), tmp_path / "no" / "m.safetensors")
+    number: Any = 3
+    with pytest.raises(InputError, match=r"path: expected a path, as text or pathlib\.Path, got 3"):
+        save(small_cnn(), number)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

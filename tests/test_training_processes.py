@@ -125,6 +125,12 @@ def broken(folder: Path) -> dict[str, Any]:
     return trained(net(), data)
 
 
+def idle(folder: Path) -> dict[str, Any]:
+    model = net()
+    model.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    return trained(model, batches(4))
+
+
 MODES: tuple[Callable[[Path], dict[str, Any]], ...] = (
     as_list,
     shuffled,
@@ -134,6 +140,7 @@ MODES: tuple[Callable[[Path], dict[str, Any]], ...] = (
     starved,
     prepared,
     broken,
+    idle,
 )
 SCRIPT = """
 import json, sys
@@ -206,6 +213,9 @@ def test_an_interrupted_run_ends_the_same(found: list[dict[str, Any]]) -> None:
 def test_refusals(found: list[dict[str, Any]]) -> None:
     for process in found:
         assert process["starved"]["error"].startswith("train_data: 1 batches are too few for 2 processes")
+        assert process["idle"]["error"].startswith(
+            "model: the loss does not depend on extra, so that several processes"
+        )
         assert process["prepared"]["error"].startswith("train_data: this loader has been split between processes")
     assert found[1]["broken"]["error"].startswith("train_data: images: expected values in [0, 1]")
     assert found[0]["broken"]["error"] == f"process 1: {found[1]['broken']['error']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +16,23 @@ import torchattacks
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from .batches import num_classes
 from .borrowing import lent
 from .composed import Restarts, WithinL2, autoattack
-from .errors import DivergenceError, InputError, device_of
+from .errors import DivergenceError, InputError, device_of, naming
+from .numerics import culprit
+
+logger = logging.getLogger(__name__)
 
 AttackFactory: TypeAlias = Callable[[nn.Module], Any]
 AttackLike: TypeAlias = "Attack | AttackFactory"
 Perturb: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 L2_EPS = 128 / 255  # of named attacks in the L2 norm: usual for 32×32 images (RobustBench)
+SMALL_L2 = 0.1  # below that, a size in the L2 norm was probably meant for the L∞ norm
 
 _NEEDS_MORE = ("MultiAttack", "LGV")  # cannot be made from a model and a size alone
+_TARGETED = (torchattacks.AutoAttack, torchattacks.APGDT)
 _BOUNDED_L2 = ("PGDL2", "PGDRSL2")
 _SMALLEST_L2 = ("CW", "DeepFool")  # look for the smallest perturbation, however large that is
 _STEPS = ("steps", "n_queries", "nb_iter")
@@ -46,8 +53,17 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
             needs gradients, and the model's outputs have none.
     """
     built = build(attack, model)
+    norm, eps = _size(built)
+    if norm == "L2" and eps is not None and 0 < eps < SMALL_L2:
+        logger.warning(
+            "this %s moves images by %g in the L2 norm, which is next to nothing and usual in the L∞ norm; "
+            "in L2, 128/255 is usual",
+            _name(built),
+            eps,
+        )
 
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
+        _check_classes(built, model, images)
         try:
             with lent(model), torch.enable_grad():
                 adversarial = built(images, labels).detach()
@@ -59,7 +75,7 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
                 "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
             ) from error
         if not bool(torch.isfinite(adversarial).all()):
-            raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity")
+            raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity{culprit(model, images)}")
         return adversarial
 
     return perturb
@@ -91,7 +107,35 @@ def build(attack: AttackLike, model: nn.Module) -> Attack:
             f"attack: built for {built.device}, but the model is on {device}; "
             f"call attack.set_device({str(device)!r}) or pass a factory"
         )
+    norm, eps = _size(built)
+    if norm == "Linf" and eps is not None:
+        with naming(f"attack: this {_name(built)}'s eps", "eps"):
+            parse_eps(eps)
     return built
+
+
+def _size(attack: Any) -> tuple[str, float | None]:
+    """The norm of what is added to an image, L∞ unless an attack says otherwise, and its bound if there is one."""
+    eps = getattr(attack, "eps", None)
+    norm = "L2" if attack.attack in _BOUNDED_L2 else getattr(attack, "norm", "Linf")
+    return norm, eps if isinstance(eps, int | float) else None
+
+
+def _check_classes(attack: Any, model: nn.Module, images: Tensor) -> None:
+    """Raise `InputError` if an attack that targets classes was made for another number than the model tells apart.
+
+    It targets them by rank, and beyond the nine most likely other ones there is little to find.
+    """
+    parts = (attack, *getattr(attack, "attacks", ()))
+    targeted = [part for part in parts if isinstance(part, _TARGETED) or getattr(part, "multi_targeted", False)]
+    classes = num_classes(model, images) if targeted else 0
+    for part in targeted:
+        made_for = part.n_classes if hasattr(part, "n_classes") else part.n_target_classes + 1
+        if not min(classes, 10) <= made_for <= classes:
+            raise InputError(
+                f"attack: this {_name(part)} was made for {made_for} classes, but the model has {classes}; "
+                f"make it with n_classes={classes}"
+            )
 
 
 @dataclass(frozen=True)

@@ -72,13 +72,25 @@ def pairs(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         yield batch[0], batch[1]
 
 
+def check_again(name: str, data: object) -> None:
+    """Raise `InputError` unless data can be read more than once."""
+    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        raise InputError(
+            f"{name}: expected (images, labels) that can be read again, such as a DataLoader or a list of batches, "
+            f"got {type(data).__name__}"
+        )
+
+
 def num_outputs(model: nn.Module, images: Tensor) -> int:
     """How many classes the model tells apart; `InputError` if it can't run on these images."""
     try:
         with torch.no_grad():
             logits = model(images[:1])
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"images: the model cannot run on shape {tuple(images.shape)}: {error}") from error
+        weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), images)
+        alike = images.dtype == weight.dtype
+        hint = "" if alike else f"; images are {images.dtype}, weights {weight.dtype}: make both float32 with .float()"
+        raise InputError(f"images: the model cannot run on shape {tuple(images.shape)}: {error}{hint}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise InputError("model: expected it to return logits of shape (N, classes)")
     return logits.shape[1]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import tensorfile
-from .errors import InputError
+from .errors import InputError, check_path
 from .files import check_output_folder, remove_leftovers
 from .processes import failing_together, gather, place
 from .storage import checksum, tensors_of
@@ -38,7 +38,7 @@ class Checkpoint:
         Raises:
             InputError: the file's folder cannot be written, or the model holds what a file cannot.
         """
-        target = Path(path).expanduser()
+        target = check_path("checkpoint", path)
         if target.is_dir():
             raise InputError(f"checkpoint: {target} is a folder, expected a file such as training.safetensors")
         with failing_together():

@@ -22,7 +22,7 @@ from .completion import completion_script
 from .config import write_config
 from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
-from .errors import DivergenceError, InputError, check_choice, check_count
+from .errors import DivergenceError, InputError, check_choice, check_count, naming
 from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
 from .files import check_output_folder, write_bytes, write_json
@@ -38,6 +38,14 @@ from .preview import preview
 from .processes import place
 from .sensitivity import Sensitivity
 from .storage import load, save
+
+PICTURES = tuple(
+    f"{name}.{kind}" for name in ("sensitivity", "widths", "robustness", "training") for kind in ("png", "svg")
+)
+PRUNED = ("model.safetensors", "report.json", "report.html", "run.yaml", *PICTURES)
+FINETUNED = ("model.safetensors", "finetuning.json", "log.jsonl", "run.yaml", "training.png", "training.svg")
+MEASURED = ("sensitivity.json", "run.yaml", "sensitivity.png", "sensitivity.svg")
+"""The files that the commands write, at most."""
 
 Result: TypeAlias = dict[str, Any]  # JSON to be
 Run: TypeAlias = Callable[[argparse.Namespace, torch.device], Result]
@@ -100,7 +108,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
     if arguments.dry_run:
         return _previewed(job)
-    out = job.output_folder()
+    out = job.output_folder(*PRUNED)
     model = job.model()
     dense = _curve(job, model)
     report = mrpf(
@@ -189,7 +197,7 @@ def _previewed(job: Job) -> Result:
 
 def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
-    out = check_output_folder(arguments.out) if arguments.out else None
+    out = check_output_folder(arguments.out, files=MEASURED) if arguments.out else None
     sensitivity = _measured(job, job.model(), steps=arguments.steps)
     if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
@@ -220,7 +228,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
             "with --model NAME a state dict of any timm model"
         )
     job = Job(arguments, device)
-    out = job.output_folder()
+    out = job.output_folder(*FINETUNED, "training.safetensors")
     model, data, training = job.model(), job.train_loader(), job.finetuning()
     check_training(model, data, **training)
     before = _assessed(job, model)
@@ -277,12 +285,14 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> Result:
     source = Path(arguments.checkpoint)
     suffix = ".pt2" if arguments.format == "pt2" else ".onnx"
     target = Path(arguments.out) if arguments.out else source.with_suffix(suffix)
-    check_format(target, arguments.format, arguments.opset)
+    with naming("out", "path"):
+        check_format(target, arguments.format, arguments.opset)
     if target.resolve() == source.resolve():
         raise InputError(f"out: {target} is the model itself; choose another name")
-    model = load(source)
+    with naming("model", "path"):
+        model = load(source)
     images = _images_for(model, arguments.image_size)
-    check_output_folder(target.parent)
+    check_output_folder(target.parent, files=[target.name])
     export(model, target, images, format=arguments.format, opset=arguments.opset)
     if not arguments.quiet and not arguments.json:
         print(f"Written to {target}: takes images ({', '.join(map(str, ('N', *images.shape[1:])))}) in [0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2 as transforms
 
-from .errors import InputError, check_choice, check_count
+from .errors import InputError, check_choice, check_count, check_path
 
 Transform = Callable[[Any], Tensor]
 
@@ -52,17 +53,18 @@ def load_data(
         image_size: side to which the images of an `image-folder` are resized and cropped, in pixels.
 
     Raises:
-        InputError: unknown name, missing `data_dir`, the files are not there or damaged, or the download failed. From
-            the data sets themselves, when the image is drawn: it cannot be read.
+        InputError: unknown name, missing `data_dir`, no size of images, the files are not there or damaged, or the
+            download failed. From the data sets themselves, when the image is drawn: it cannot be read.
     """
     check_choice("data", name, LOADERS)
+    check_count("image_size", image_size)
     if download and name in ("tiny-imagenet", "image-folder"):
         raise InputError(f"download: torchvision offers no {name}; unpack it yourself and give the folder (--data-dir)")
     if name == "digits":
         return _digits()
     if data_dir is None:
         raise InputError(f"data_dir: {name} needs the folder that holds it; give data_dir (--data-dir)")
-    root = Path(data_dir).expanduser()
+    root = check_path("data_dir", data_dir)
     if not root.is_dir() and not download:
         raise InputError(f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download")
     if name == "image-folder":
@@ -133,6 +135,9 @@ def hold_out(data: ImageData, validation_images: int, *, seed: int = 0) -> tuple
 
 def _labels(dataset: Dataset[Any]) -> Tensor | None:
     """All labels, (images,), if the data set has them at hand."""
+    if isinstance(dataset, Subset):
+        whole = _labels(dataset.dataset)
+        return None if whole is None else whole[list(dataset.indices)]
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1]
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
@@ -229,13 +234,13 @@ def _torchvision(
             make(False, _TO_TENSOR),
             tuple(names),
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         raise InputError(f"data_dir: {_what_is_wrong(name, list(files), error)}") from error
 
 
 def _what_is_wrong(name: str, files: Sequence[tuple[Path, str]], error: Exception) -> str:
     """Why torchvision could not read or fetch these files, and what to do."""
-    if isinstance(error, OSError):
+    if not isinstance(error, RuntimeError):
         return f"could not fetch or read {name} ({error}); try again, or put the published files there yourself"
     damaged = next((path for path, checksum in files if path.is_file() and not check_integrity(path, checksum)), None)
     if damaged is not None:

@@ -7,51 +7,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .files import check_output_folder, write_bytes
+from .errors import InputError, check_path
+from .files import check_output_folder
 from .processes import failing_together, place
 from .training import Epoch
 
 
 class EpochLog:
-    """A file to which a run adds its lines, by the first process; those of other runs before stay.
+    """A file to which a run adds its lines, by the first process; those of other runs stay.
+
+    A run that goes on after a crash finds its earlier lines by what they say, in a copy of the file, too.
 
     Args:
         path: the file; None to keep no log.
-        origin: `origin` of the same run before it was interrupted, None for a new run.
 
     Raises:
         InputError: the file cannot be read, or its folder not be written.
     """
 
-    def __init__(self, path: str | Path | None, origin: Mapping[str, Any] | None = None) -> None:
-        self.path = None if path is None or place()[0] > 0 else Path(path).expanduser().resolve()
-        self._start = 0
+    def __init__(self, path: str | Path | None) -> None:
+        target = None if path is None else check_path("log", path).resolve()
+        self.path = target if place()[0] == 0 else None
         with failing_together():
             if self.path is not None:
                 check_output_folder(self.path.parent, name="log")
-                size = len(self._content())
-                known = origin is not None and origin["path"] == str(self.path)
-                self._start = min(origin["start"], size) if origin is not None and known else size
-
-    @property
-    def origin(self) -> dict[str, Any] | None:
-        """The file, and the number of bytes in it before this run's lines."""
-        return None if self.path is None else {"path": str(self.path), "start": self._start}
+                self._content()
 
     def update(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Make these records this run's lines: none lost, none twice, none torn, whatever happened before."""
+        """Add the lines of this run's records that are not there: none lost, none twice, none torn by a crash."""
         with failing_together():
             if self.path is None:
                 return
-            content = self._content()
-            earlier = content[: self._start]
-            end = b"\n" if records and earlier and not earlier.endswith(b"\n") else b""
-            wanted = earlier + end + b"".join(map(_line, records))
-            if not wanted.startswith(content):
-                write_bytes(self.path, wanted)
-            elif wanted != content:
-                _append(self.path, wanted[len(content) :])
+            *lines, torn = self._content().split(b"\n")
+            missing = b"".join(line + b"\n" for line in map(_line, records) if line not in lines)
+            if missing:
+                _append(self.path, missing[len(torn) :] if missing.startswith(torn) else b"\n" + missing)
 
     def _content(self) -> bytes:
         try:
@@ -86,4 +76,4 @@ def _append(path: Path, lines: bytes) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, allow_nan=False) + "\n").encode()
+    return json.dumps(record, allow_nan=False).encode()

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,24 @@ class DivergenceError(RuntimeError):
 
 
 @contextmanager
-def naming(argument: str) -> Iterator[None]:
-    """Start the message of an `InputError` with another argument's name than that of the part that raises it."""
+def naming(argument: str, part: str | None = None) -> Iterator[None]:
+    """Start the message of an `InputError` with the name of the user's argument, where a part has its own for it.
+
+    Args:
+        argument: such as `"validation_data"`.
+        part: what the part calls it; its last word if None: "data: …" becomes "validation_data: …", and with data,
+            "images: …" becomes "validation_data: images: …". What begins with any other name stays as it is.
+    """
+    kind = part or argument.rpartition("_")[2]
     try:
         yield
     except InputError as error:
-        kind = argument.rpartition("_")[2]  # "data: …" becomes "validation_data: …"
-        raise InputError(f"{argument}: {str(error).removeprefix(f'{argument}: ').removeprefix(f'{kind}: ')}") from error
+        subject, _, rest = str(error).partition(": ")
+        if subject == kind:
+            raise InputError(f"{argument}: {rest}") from error
+        if kind == "data" and subject in ("images", "labels"):
+            raise InputError(f"{argument}: {error}") from error
+        raise
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -53,6 +65,14 @@ def check_choice(name: str, value: object, choices: object) -> None:
     shown = options if len(options) <= 12 else difflib.get_close_matches(str(value), options, n=5) or options[:5]
     more = "" if len(shown) == len(options) else f", … ({len(options)} in all)"
     raise InputError(f"{name}: expected one of {', '.join(shown)}{more}, got {value!r}")
+
+
+def check_path(name: str, value: str | Path) -> Path:
+    """Return `value` as a path, `~` expanded; raise `InputError` if it is none."""
+    try:
+        return Path(value).expanduser()
+    except (TypeError, RuntimeError) as error:  # no text; no such user
+        raise InputError(f"{name}: expected a path, as text or pathlib.Path, got {value!r}") from error
 
 
 def check_device(name: str | torch.device) -> torch.device:
@@ -83,6 +103,15 @@ def device_of(model: nn.Module) -> torch.device:
     if device.type == "meta":
         raise InputError("model: its parameters are on the meta device and hold no values; load weights first")
     return device
+
+
+def check_full_precision(name: str, weight: Tensor) -> None:
+    """Raise `InputError` if small changes of a weight would be lost in rounding."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"model: expected weights of torch.float32, {name} has {weight.dtype}; small changes would be lost in "
+            "rounding. Use model.float(), and precision='bf16' for speed"
+        )
 
 
 def check_example_inputs(model: nn.Module, example_inputs: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import DivergenceError, device_of
-from .numerics import Precision, autocast
+from .numerics import Precision, autocast, culprit
 from .processes import add_up, add_up_gradients
 from .shortcuts import Shortcut, shortcut
 
@@ -103,12 +103,7 @@ class RobustLoss:
         return shares
 
     def _culprit(self) -> str:
-        """The first module to return something that is not finite, as the end of a sentence."""
-        for images, _ in self.batches:
-            name = first_non_finite(self.model, images)
-            if name is not None:
-                return f": {name or 'the model'} is the first module to return NaN or infinity; are its weights finite?"
-        return ""
+        return next(filter(None, (culprit(self.model, images) for images, _ in self.batches)), "")
 
 
 def in_blocks(batches: Iterable[Batch]) -> list[Batch]:
@@ -141,27 +136,6 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
-def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
-    """Name of the first module whose output holds NaN or infinity; None if none does."""
-    found: list[str] = []
-
-    def looking(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(looking(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
 def first_order(
     loss: RobustLoss, weights: Mapping[str, nn.Parameter], epsilon: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,12 +164,17 @@ def first_order(
             added[name].append(_pick(weights[name].grad, sample))
 
     shares = loss.differentiate(note)
+    # None if the forward pass never uses the layer
+    lengths = {name: 0.0 if weight.grad is None else norm(weight.grad) for name, weight in weights.items()}
+    broken = [name for name, length in lengths.items() if not length < float("inf")]
+    if broken:
+        raise DivergenceError(
+            f"the gradient of {broken[-1]} on the attacked images is not finite, the first one on the way back; "
+            "look for a root, a logarithm or a division behind it that meets 0"
+        )
     scores = {}
     for name, weight in weights.items():
-        length = 0.0 if weight.grad is None else norm(weight.grad)  # None if the forward pass never uses the layer
-        if not length < float("inf"):
-            raise DivergenceError(f"the gradient of {name} on the attacked images is not finite")
-        direction = _pick(weight.grad, sampled[name]).double()
+        length, direction = lengths[name], _pick(weight.grad, sampled[name]).double()
         steps = torch.stack(added[name]).double().diff(dim=0)
         along = (steps @ direction).cpu()
         total = float(direction.square().sum())

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchattacks
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
@@ -19,6 +18,7 @@ from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
 from .errors import DivergenceError, InputError, check_choice, device_of
 from .masking import Sample, contradictions, failures
+from .numerics import culprit
 from .processes import failing_together, gather, place
 from .proportions import Difference, Outcomes, paired_difference, wilson
 from .pruning import count
@@ -252,12 +252,11 @@ def _check_attacks(attacks: Sequence[str | AttackLike], model: nn.Module, eps: f
     """Meet unknown names and attacks on other models before the first batch."""
     if isinstance(attacks, str):
         raise InputError(f"attacks: expected a list of attacks, got the text {attacks!r}; write [{attacks!r}]")
-    _bound(attacks, model, eps, None)
+    for attack in attacks:
+        build(named_attack(attack, eps=eps) if isinstance(attack, str) else attack, model)
 
 
-def _bound(
-    attacks: Sequence[str | AttackLike], model: nn.Module, eps: float, num_classes: int | None
-) -> dict[str, Perturb]:
+def _bound(attacks: Sequence[str | AttackLike], model: nn.Module, eps: float, num_classes: int) -> dict[str, Perturb]:
     """Label of each attack → the attack, bound to the model; first of all "clean", which changes nothing."""
     found: dict[str, Perturb] = {"clean": _identity}
     for attack in attacks:
@@ -265,28 +264,9 @@ def _bound(
             found[attack] = bind(named_attack(attack, eps=eps, num_classes=num_classes), model)
             continue
         built = build(attack, model)
-        _check_classes(built, num_classes)
         label, taken = str(built.attack), {*found, "worst", *(name for name in attacks if isinstance(name, str))}
         found[label if label not in taken else f"{label} ({len(found) - 1})"] = bind(built, model)
     return found
-
-
-def _check_classes(attack: Any, num_classes: int | None) -> None:
-    """Raise `InputError` if an attack that targets classes was made for another number than the model tells apart.
-
-    It targets them by rank, and beyond the nine most likely other ones there is little to find.
-    """
-    targeted = isinstance(attack, torchattacks.AutoAttack | torchattacks.APGDT) or getattr(
-        attack, "multi_targeted", False
-    )
-    if num_classes is None or not targeted:
-        return
-    made_for = attack.n_classes if hasattr(attack, "n_classes") else attack.n_target_classes + 1
-    if not min(num_classes, 10) <= made_for <= num_classes:
-        raise InputError(
-            f"attack: this {attack.attack} was made for {made_for} classes, but the model has {num_classes}; "
-            f"pass n_classes={num_classes}, or its name"
-        )
 
 
 def _gathered(hits: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Outcomes]:
@@ -308,7 +288,7 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tens
     """Whether each image is classified correctly; (N,)."""
     logits = model(images)
     if not bool(torch.isfinite(logits).all()):
-        raise DivergenceError(f"the model returned NaN or infinity ({name}); are its weights finite?")
+        raise DivergenceError(f"the model returned NaN or infinity ({name}){culprit(model, images)}")
     return logits.argmax(dim=1) == labels
 
 

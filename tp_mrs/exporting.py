@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .borrowing import borrowed, copied
-from .errors import InputError, check_choice, check_example_inputs
+from .errors import InputError, check_choice, check_example_inputs, check_path
 from .files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def export(
 
 def check_format(path: str | Path, format: str | None, opset: int | None) -> str:
     """The format that is meant; raises `InputError` if none is, or if it has no opset."""
-    suffix = Path(path).suffix.lstrip(".")
+    suffix = check_path("path", path).suffix.lstrip(".")
     if format is None and suffix not in FORMATS:
         raise InputError(f"path: expected a name that ends in .onnx or .pt2, or a format, got {str(path)!r}")
     chosen = suffix if format is None else format

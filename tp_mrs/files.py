@@ -8,10 +8,11 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, check_path
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -20,7 +21,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     Raises:
         InputError: the folder does not exist or cannot be written; an existing file stays as it was.
     """
-    target = Path(path)
+    target = check_path("path", path)
     part: str | None = None
     try:
         descriptor, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -56,7 +57,7 @@ def read_json(path: str | Path, format: str) -> dict[str, Any]:
         InputError: the file cannot be read, is no JSON object, or holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(check_path("path", path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"path: cannot read {path} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -76,13 +77,18 @@ def remove_leftovers(path: str | Path) -> None:
                 part.unlink()
 
 
-def check_output_folder(path: str | Path, *, name: str = "out") -> Path:
-    """Create the folder `path` if need be and make sure that files can be written in it; `name` is the argument's."""
-    folder = Path(path).expanduser()
+def check_output_folder(path: str | Path, *, name: str = "out", files: Iterable[str] = ()) -> Path:
+    """Create the folder `path` if need be and make sure that `files` can be written in it; `name` is the argument's."""
+    folder = check_path(name, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"{name}: cannot write to {folder} ({error.strerror}); choose a writable folder") from error
+    for file in files:
+        if (folder / file).is_dir():
+            raise InputError(
+                f"{name}: cannot write {folder / file}, it is a folder; remove it, or choose another place"
+            )
     return folder

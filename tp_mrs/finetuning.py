@@ -19,7 +19,16 @@ from .batches import extent
 from .borrowing import preserved_flags, preserved_rng
 from .checkpoints import Checkpoint
 from .epochlog import EpochLog
-from .errors import DivergenceError, InputError, check_choice, check_count, check_number, device_of
+from .errors import (
+    DivergenceError,
+    InputError,
+    check_choice,
+    check_count,
+    check_full_precision,
+    check_number,
+    check_path,
+    device_of,
+)
 from .numerics import Precision, check_precision, in_channels_last
 from .objectives import Objective, Recipe, name_of, resolve
 from .passes import Passes, epoch_length
@@ -150,16 +159,13 @@ def finetune(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "train_data")}
     join()
-    if log is not None and checkpoint is not None and Path(log).resolve() == Path(checkpoint).resolve():
-        raise InputError(f"log: {log} is the checkpoint, too; choose another file")
     plan = _Plan.of(model, train_data, given)
-    file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.settings | plan.circumstances(model))
+    file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.circumstances(model) | plan.settings)
     saved = None if file is None else file.read()
-    journal = EpochLog(log, None if saved is None else saved["log"])
     if saved is not None and saved["complete"]:
         put_tensors(model, saved["model"])
         set_generator_states(generators(train_data, validation_data), saved["generators"])
-        journal.update(saved["history"])
+        plan.journal.update(saved["history"])
         return Finetuning(plan.settings, tuple(epochs_of(saved)))
     with (
         preserved_flags(model),
@@ -173,7 +179,7 @@ def finetune(
         if saved is not None:
             training.restore(saved)
         try:
-            _run(training, file, journal, every=checkpoint_every, progress=progress)
+            _run(training, file, plan.journal, every=checkpoint_every, progress=progress)
         except DivergenceError as error:
             if file is None or not file.path.exists():
                 raise
@@ -201,7 +207,7 @@ def _run(training: Training, file: Checkpoint | None, journal: EpochLog, *, ever
                 training.finish()
             if file is not None and (ended or training.step % every == 0):
                 training.check_weights()
-                file.write({**training.state(complete=training.finished), "log": journal.origin})
+                file.write(training.state(complete=training.finished))
             if ended:
                 journal.update([asdict(epoch) for epoch in training.ended])
             if bar.update(training.done - before):  # it is time to show something
@@ -244,6 +250,7 @@ class _Plan:
     validation: Validation | None
     total: int
     settings: dict[str, Any]
+    journal: EpochLog
 
     @classmethod
     def of(cls, model: nn.Module, train_data: Iterable[Any], given: dict[str, Any]) -> _Plan:
@@ -263,15 +270,16 @@ class _Plan:
             "steps": math.ceil(total / given["accumulate"]),
             "device": str(device_of(model)),
         }
-        return cls(train_data, given, recipe, perturb, validation, total, settings)
+        journal = _journal(given["log"], given["checkpoint"])
+        return cls(train_data, given, recipe, perturb, validation, total, settings, journal)
 
     def circumstances(self, model: nn.Module) -> dict[str, Any]:
         """What else decides the result, JSON to be, for a checkpoint to compare."""
         held_out = None if self.validation is None else self.validation.data
         parts = {"train_data": self.data} | ({} if held_out is None else {"validation_data": held_out})
         return {
-            **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of processes": place()[1],
+            **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of trainable tensors": sum(parameter.requires_grad for parameter in model.parameters()),
         }
 
@@ -311,6 +319,14 @@ def _validation(model: nn.Module, given: dict[str, Any]) -> Validation | None:
     if given["patience"] is not None:
         raise InputError("patience: it needs validation_data, held out from the training split, to tell improvement by")
     return None
+
+
+def _journal(log: str | Path | None, checkpoint: str | Path | None) -> EpochLog:
+    given = {"checkpoint": checkpoint, "log": log}
+    files = [check_path(name, path).resolve() for name, path in given.items() if path is not None]
+    if len(set(files)) < len(files):
+        raise InputError(f"log: {log} is the checkpoint, too; choose another file")
+    return EpochLog(log)
 
 
 _SECOND_ORDER = ("adahessian",)  # these need the graph of the gradients
@@ -356,8 +372,15 @@ def check_options(
 
 def _check_trainable(model: nn.Module) -> None:
     device_of(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
         raise InputError("model: none of its parameters requires a gradient; call model.requires_grad_(True)")
+    for name, parameter in trained.items():
+        check_full_precision(name, parameter)
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"model: {name} holds NaN or infinity, from which no training recovers; load other weights"
+            )
 
 
 def _resolve(

@@ -11,7 +11,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .attacks import AttackLike, bind
+from .attacks import AttackLike, build
+from .batches import check_again
 from .errors import InputError, check_choice, check_count, check_number
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
@@ -94,12 +95,9 @@ class MRSImportance(tp.importance.Importance):
         check_settings(**settings)
         if not callable(base):
             check_choice("base", base, BASES)
-        if isinstance(data, Iterator):
-            raise InputError(
-                "data: expected something that can be read again, such as a DataLoader or a list of batches"
-            )
+        check_again("data", data)
         measured_weights(model)
-        bind(attack, model)
+        build(attack, model)
         self.model, self.data, self.attack = model, data, attack
         self.base = base if callable(base) else BASES[base]()
         self.alpha, self.min_keep, self.round_to = alpha, min_keep, round_to

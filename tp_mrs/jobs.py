@@ -16,7 +16,7 @@ from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
 from .dense import cache_folder, dense_file, dense_model
-from .errors import InputError, check_choice, check_count, naming
+from .errors import InputError, check_choice, check_count, check_path, naming
 from .files import check_output_folder
 from .finetuning import check_options
 from .launch import first_one_first
@@ -30,6 +30,7 @@ from .tensorfile import read
 
 logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 250
+_OTHER_DATA = "give a model made for this data, or its own data (--data)"
 DISTILLATION = {"ard": ard, "rslad": rslad}  # objectives that learn from a teacher
 
 
@@ -46,8 +47,9 @@ class Job:
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
-        for name, value in self._given("batch_size", "calibration_images", "test_images").items():
+        for name, value in self._given("batch_size", "calibration_images", "test_images", "steps").items():
             check_count(name, value)
+        check_count("workers", arguments.workers, low=0)
         check_choice("estimator", getattr(arguments, "estimator", "first_order"), get_args(Estimator))
         check_options(
             lr=arguments.lr,
@@ -195,17 +197,17 @@ class Job:
             "evaluating": evaluations * evaluation_passes(arguments.attacks) * tested / images,
         }
 
-    def output_folder(self) -> Path:
-        """The folder for the results, ready to be written in, and not the one that the checkpoint would be lost from.
+    def output_folder(self, *files: str) -> Path:
+        """The folder for the results, ready for these files, and not the one that the checkpoint would be lost from.
 
         Raises:
             InputError: it cannot be written, or `model.safetensors` in it is what the command reads.
         """
-        folder = Path(self.arguments.out).expanduser()
+        folder = check_path("out", self.arguments.out)
         for name, path in self._given("checkpoint", "teacher").items():
-            if Path(path).resolve() == (folder / "model.safetensors").resolve():
+            if check_path(name, path).resolve() == (folder / "model.safetensors").resolve():
                 raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
-        return check_output_folder(folder)
+        return check_output_folder(folder, files=files)
 
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the arguments that the command has and that have a value."""
@@ -239,26 +241,41 @@ class Job:
         return objective if kind == name else awp(objective)
 
     def _load(self, argument: str, path: str) -> nn.Module:
-        """A file of `tp_mrs.save`, or a plain state dict of the architecture, for the classes of the data."""
-        metadata, tensors = read(path)
-        classes = None if metadata else _classes_in(tensors, self.untrained())
-        if classes in (None, self.data.num_classes):
+        """A file of `tp_mrs.save`, or a plain state dict of the architecture, made for the data."""
+        with naming(argument, "path"):
+            metadata, tensors = read(path)
+            if not metadata:
+                self._check_made_for_data(path, _made_for(tensors, self.untrained(), channels=self.data.shape[0]))
             model = load(path, factory=None if metadata else self.untrained, device=self.device)
-            classes = num_classes(model, self.example_inputs)
-        if classes != self.data.num_classes:
-            raise InputError(
-                f"{argument}: the model in {path} has {classes} classes, but {self.data.name} has "
-                f"{self.data.num_classes}; give a model made for this data, or its own data (--data)"
-            )
+            try:
+                classes = num_classes(model, self.example_inputs)
+            except InputError as error:
+                raise InputError(f"path: {path} does not fit {self.data.name} ({error}); {_OTHER_DATA}") from error
+            self._check_made_for_data(path, {"classes": classes})
         return model
 
+    def _check_made_for_data(self, path: str, found: Mapping[str, int]) -> None:
+        data = self.data
+        for what, count in {"channels": data.shape[0], "classes": data.num_classes}.items():
+            if found.get(what, count) != count:
+                raise InputError(
+                    f"path: the model in {path} has {found[what]} {what}, but {data.name} has {count}; {_OTHER_DATA}"
+                )
 
-def _classes_in(tensors: Mapping[str, Tensor], architecture: Any) -> int | None:
-    """How many classes a state dict is for, by the size of the architecture's classifier; None if that is not there."""
-    classifier = architecture.get_classifier()
-    name = next((name for name, module in architecture.named_modules() if module is classifier), None)
-    weight = tensors.get(f"{name}.weight")
-    return None if weight is None else len(weight)
+
+def _made_for(tensors: Mapping[str, Tensor], architecture: Any, *, channels: int) -> dict[str, int]:
+    """How many channels and classes a state dict is for, as far as it tells.
+
+    By the sizes of the architecture's first layer that takes so many channels, and of its classifier.
+    """
+    names = {module: name for name, module in architecture.named_modules()}
+    first = next((module for module in names if getattr(module, "in_channels", None) == channels), None)
+    found = {}
+    for what, layer, axis in (("channels", first, 1), ("classes", architecture.get_classifier(), 0)):
+        weight = tensors.get(f"{names.get(layer)}.weight")
+        if weight is not None and weight.dim() > axis:
+            found[what] = weight.shape[axis]
+    return found
 
 
 def _dense_cache() -> Path | None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .attacks import AttackLike, bind, describe
 from .batches import checked_batches
 from .borrowing import borrowed, seed_all
-from .errors import InputError, check_choice, check_count, check_number, device_of
+from .errors import InputError, check_choice, check_count, check_full_precision, check_number, device_of
 from .estimators import Batch, RobustLoss, first_order, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather, place
@@ -345,11 +345,7 @@ def measured_weights(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
         weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if not isinstance(weight, nn.Parameter):
             continue
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"model: expected weights of torch.float32, {name}'s are {weight.dtype}; small changes would be lost "
-                "in rounding. Use model.float(), and precision='bf16' for speed"
-            )
+        check_full_precision(name, weight)
         owner = owners.setdefault(id(weight), name)
         if owner == name:
             found[name] = weight

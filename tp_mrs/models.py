@@ -160,4 +160,9 @@ NORMALIZATION_BUFFERS = _MEAN, _STD = "tp_mrs_mean", "tp_mrs_std"
 
 
 def _normalize_input(model: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return ((inputs[0] - getattr(model, _MEAN)) / getattr(model, _STD), *inputs[1:])
+    images, mean = inputs[0], getattr(model, _MEAN)
+    if mean.shape[1] not in (1, images.shape[1]):  # grey images would pass for coloured ones
+        raise InputError(
+            f"images: expected {mean.shape[1]} channels, as normalised by the model, got {images.shape[1]}"
+        )
+    return ((images - mean) / getattr(model, _STD), *inputs[1:])

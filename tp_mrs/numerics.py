@@ -1,14 +1,14 @@
-"""Precision and memory format in which a model is run."""
+"""Precision and memory format in which a model is run, and what to do about numbers that are not finite."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import check_choice, device_of
 
@@ -25,6 +25,35 @@ def check_precision(precision: object) -> None:
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context in which to run the model."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
+    """Name of the first module whose output holds NaN or infinity; None if none does."""
+    found: list[str] = []
+
+    def looking(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(looking(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def culprit(model: nn.Module, images: Tensor) -> str:
+    """The end of a sentence that tells of NaN or infinity: the module where it begins, if it is the model's."""
+    name = first_non_finite(model, images)
+    if name is None:
+        return ""
+    return f": {name or 'the model'} is the first module to return NaN or infinity; are its weights finite?"
 
 
 @contextmanager

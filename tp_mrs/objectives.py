@@ -11,6 +11,7 @@ the network as one batch, so that BatchNorm sees one mixture of both.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -155,6 +156,7 @@ def awp(objective: Objective, gamma: float = 0.005) -> Objective:
         running statistics are thus updated once per step, at w, which is where the model will be used (in the
         authors' code at the perturbed weights).
     """
+    _check_signature(objective)
     check_number("gamma", gamma, low=0)
 
     def perturbed(model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> Tensor:
@@ -198,8 +200,12 @@ def resolve(objective: str | Objective) -> Recipe:
     """The recipe of an objective given by name, perhaps with `-awp` behind it, or as a function.
 
     A function gets PGD-7 as its default attack.
+
+    Raises:
+        InputError: no such name, or a function that takes other arguments.
     """
     if callable(objective):
+        _check_signature(objective)
         return Recipe(objective, "pgd-7")
     name = str(objective).removesuffix("-awp")
     if name not in OBJECTIVES:
@@ -218,12 +224,30 @@ def name_of(objective: str | Objective) -> str:
 
 def check_loss(loss: object) -> Tensor:
     """Raise `InputError` unless an objective returned a scalar that can be differentiated."""
-    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad and loss.is_floating_point():
         return loss
+    got = type(loss).__name__
+    if isinstance(loss, Tensor):
+        got = f"{loss.dtype} of shape {tuple(loss.shape)}{'' if loss.requires_grad else ' without a gradient'}"
     raise InputError(
-        "objective: expected it to return a scalar tensor with a gradient, the mean loss of the batch; "
-        f"got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
+        f"objective: expected it to return a scalar tensor with a gradient, the mean loss of the batch; got {got}"
     )
+
+
+def _check_signature(objective: Objective) -> None:
+    """Raise `InputError` if the objective cannot be called as one is; built-in functions may not tell."""
+    function = objective.forward if isinstance(objective, nn.Module) else objective
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind("model", "images", "labels", "attack")
+    except TypeError as error:
+        raise InputError(
+            "objective: expected a function (model, images, labels, attack) -> loss, got "
+            f"{name_of(objective)}{signature} ({error})"
+        ) from error
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from .batches import pairs
 from .borrowing import seed_all
-from .errors import InputError, check_count
+from .errors import InputError
 from .processes import gather, place
 from .randomness import (
     RandomState,
@@ -94,7 +94,8 @@ def epoch_length(data: Any) -> int:
     if not isinstance(data, Sized) or isinstance(data, Iterator):
         raise InputError("train_data: expected a DataLoader or a list of (images, labels) batches, which has a len()")
     batches, count = len(data), place()[1]
-    check_count("len(train_data)", batches)
+    if batches == 0:
+        raise InputError("train_data: it has no batch; expected at least one (images, labels)")
     if count == 1:
         return batches
     sampler = getattr(data, "sampler", None)

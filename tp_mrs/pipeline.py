@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ._version import versions
 from .allocation import allocate, amount, check_allocation, single_budget
 from .attacks import AttackLike, describe
-from .errors import check_count, check_example_inputs, check_number
+from .batches import check_again
+from .errors import check_count, check_example_inputs, check_number, naming
 from .evaluation import Evaluation, evaluate
 from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
@@ -175,6 +176,7 @@ def mrpf(
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
     check_training(model, train_data, epochs=epochs or 1, **training)
     images = calibration_data if calibration_data is not None else train_data
+    source = "train_data" if calibration_data is None else "calibration_data"
     measuring: dict[str, Any] = {
         "base": base,
         "epsilon": epsilon,
@@ -189,9 +191,14 @@ def mrpf(
         return MRSImportance(model, images, attack, alpha=0.0, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:
-        return None if test_data is None else evaluate(model, test_data, attacks, eps=eps, seed=seed, progress=progress)
+        if test_data is None:
+            return None
+        check_again("test_data", test_data)
+        with naming("test_data"):
+            return evaluate(model, test_data, attacks, eps=eps, seed=seed, progress=progress)
 
-    importance()  # checks its arguments
+    with naming(source):
+        importance()  # checks its arguments
     allocating = {"alpha": alpha, "min_keep": min_keep, "round_to": round_to}
     settings = {
         "budget": budget,
@@ -216,13 +223,15 @@ def mrpf(
     def prune(goal: float, dense: float) -> dict[str, Any]:
         fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
         scores = importance()
-        sensitivity = scores.sensitivity(example_inputs)
+        with naming(source):
+            sensitivity = scores.sensitivity(example_inputs)
         wanted: dict[str, Any] = {**allocating, budget: fraction}
         ratios = allocate(model, example_inputs, sensitivity, **wanted)
         roots = {name: module for name, module in model.named_modules() if module in ratios}
         before = {name: width(root, "out") for name, root in roots.items()}
         prune_by_ratio(model, example_inputs, ratios, scores)
-        recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
+        with naming(source):
+            recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
         return {
             "reached": amount(model, example_inputs, budget) / dense,
             "sensitivity": sensitivity.to_dict(),

@@ -11,7 +11,7 @@ from torch import nn
 
 from .batches import extent
 from .checkpoints import Checkpoint
-from .errors import InputError
+from .errors import InputError, check_path
 from .objectives import name_of
 from .processes import gather
 from .randomness import generator_states, generators, set_generator_states
@@ -34,7 +34,7 @@ class Stages:
     def __init__(
         self, folder: str | Path | None, model: nn.Module, settings: Mapping[str, Any], data: Iterable[Any]
     ) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else check_path("checkpoint", folder)
         self.model, self.generators = model, generators(*data)
         if self.folder is None:
             return

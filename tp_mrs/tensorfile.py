@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check_path
 from .files import write_bytes
 
 FORMAT = "tp_mrs.model/2"
@@ -124,10 +124,7 @@ def _entry(checksum: str) -> bytes:
 
 
 def _regular_file(path: str | Path) -> Path:
-    try:
-        file = Path(path)
-    except TypeError as error:
-        raise InputError(f"path: expected the name of a file, got {type(path).__name__}") from error
+    file = check_path("path", path)
     if not file.is_file():
         what = "it is a folder" if file.is_dir() else "there is no such file"
         raise InputError(f"path: cannot read {file} as safetensors ({what}); write it with tp_mrs.save(model, path)")

@@ -136,7 +136,7 @@ class Training:
         tensors = tensors_of(self.model)
         for name in self._finite:
             if not bool(torch.isfinite(tensors[name]).all()):
-                raise DivergenceError(f"{name} stopped being finite by batch {self.done} of {self.total}")
+                raise self._diverged(f"{name} stopped being finite by batch {self.done} of {self.total}")
 
     def finish(self) -> None:
         """Give the model its final weights: those of the best epoch, or their moving average, or the last ones."""
@@ -188,16 +188,17 @@ class Training:
         number, self.done = self.done // self.passes.batches + 1, self.done + 1
         rate = self.update.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):
-            raise DivergenceError(
-                f"the loss became {loss} in batch {self.done} of {self.total} (epoch {number}); "
-                f"lower lr (now {rate:g}) or set clip_norm"
-            )
+            raise self._diverged(f"the loss became {loss} in batch {self.done} of {self.total} (epoch {number})")
         if not self.history or self.history[-1].epoch != number:
             self.history.append(Epoch(number, images, loss, rate))
             return
         last = self.history[-1]
         mean = (last.loss * last.images + loss * images) / (last.images + images)
         self.history[-1] = replace(last, images=last.images + images, loss=mean, learning_rate=rate)
+
+    def _diverged(self, what: str) -> DivergenceError:
+        rate, limit = self.update.optimizer.param_groups[0]["lr"], self.update.clip_norm
+        return DivergenceError(f"{what}; lower lr (now {rate:g}) or {'set ' if limit is None else ''}clip_norm")
 
     def _validate(self, before: int) -> None:
         """Note the accuracy for the epochs that ended since `before`, and the weights if they are the best so far."""

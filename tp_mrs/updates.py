@@ -56,6 +56,7 @@ class Update:
                 loss = self._loss(images, labels)
                 self.accelerator.backward(loss * (len(images) * count / total))
             losses.append(len(images) * loss.detach().double())
+        self._check_all_used()
         if self.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
@@ -78,6 +79,17 @@ class Update:
 
         with autocast(images.device, self.precision):
             return check_loss(self.objective(self.model, images, labels, recorded))
+
+    def _check_all_used(self) -> None:
+        """Raise `InputError` if several processes train what the loss does not depend on: they would go apart."""
+        model = self.accelerator.unwrap_model(self.model)
+        idle = (name for name, each in model.named_parameters() if each.requires_grad and each.grad is None)
+        name = next(idle, None) if place()[1] > 1 else None
+        if name is not None:
+            raise InputError(
+                f"model: the loss does not depend on {name}, so that several processes cannot train it together; "
+                f"freeze it with model.get_parameter({name!r}).requires_grad_(False), or use one process"
+            )
 
     def check(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """The batch on the model's device, fit for it."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attacks import AttackLike, bind, build, named_attack
-from .batches import checked_batches, num_classes
+from .batches import check_again, checked_batches, num_classes
 from .borrowing import borrowed, seed_all
-from .errors import InputError, device_of, naming
+from .errors import device_of, naming
 from .evaluation import correct
 from .processes import add_up, failing_together, place
 
@@ -33,10 +33,7 @@ class Validation:
     def __init__(
         self, model: nn.Module, data: Iterable[Any], attack: str | AttackLike, *, eps: float, seed: int
     ) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, Iterator):
-            raise InputError(
-                "validation_data: expected what can be read again, such as a DataLoader or a list of batches"
-            )
+        check_again("validation_data", data)
         self.model, self.data, self.seed = model, data, seed
         with borrowed(model), naming("validation_data"):
             first, _ = next(checked_batches(model, data, max_batches=1, description="", progress=False))
