@@ -74,6 +74,12 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
                 f"model: its outputs have no gradient with respect to the images, which {_name(built)} needs; "
                 "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
             ) from error
+        except TypeError as error:
+            if "BFloat16" not in str(error):
+                raise
+            raise InputError(
+                f"precision: {_name(built)} cannot work in bfloat16; take precision='fp32', or another attack"
+            ) from error
         if not bool(torch.isfinite(adversarial).all()):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity{culprit(model, images)}")
         return adversarial
