@@ -27,6 +27,8 @@ from tp_mrs.plotting import BLUE, GREEN, ORANGE
 ATTACK = "pgd-20"
 RESAMPLES = 2000
 GREY = "#999999"
+PANEL_WIDTH, LABEL_WIDTH = 4.6, 2.8
+"""In inches."""
 
 
 class Key(NamedTuple):
@@ -231,7 +233,7 @@ SHOWN: dict[str, tuple[str, str]] = {
 
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
+    figure = Figure(figsize=(PANEL_WIDTH * count, 4.4), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -266,7 +268,8 @@ def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str = "PGD-
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    columns = max(1, int(len(axes) * PANEL_WIDTH / LABEL_WIDTH))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
