@@ -446,6 +446,7 @@ OTHERS: dict[str, Contender] = {
 OURS: dict[str, Contender] = {
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
     "MRS allocate + Taylor": Once(allocated(taylor("adversarial"), sensitivity)),
+    "MRS allocate + BN scale": Once(allocated(plain(tp.importance.BNScaleImportance), sensitivity)),
     "MRS allocate + FPGM": Once(allocated(plain(tp.importance.FPGMImportance), sensitivity)),
     "MRS allocate + Hessian": Once(allocated(hessian("adversarial"), sensitivity)),
     "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
