@@ -1,6 +1,6 @@
 """What a criterion itself takes: `python -m benchmarks.criterion_time` (`--report` for the text alone).
 
-An untrained resnet18 of full width and the same 64 digits for all; each makes its own adversarial images. All in turn
+An untrained resnet18 of full width and the same 16 digits for all; each makes its own adversarial images. All in turn
 on one machine, so that ratios count, not seconds.
 """
 
@@ -29,7 +29,7 @@ from tp_mrs.pruning import build_pruner, rooted_groups
 
 FORMAT = "tp_mrs.criterion_time/1"
 PATH = RESULTS / "criterion_time.json"
-IMAGES, TURNS = 64, 3
+IMAGES, TURNS = 16, 2
 
 
 def adversarial_taylor(subject: Subject) -> None:

@@ -18,7 +18,7 @@ from .attacks import AttackLike, bind, describe
 from .batches import checked_batches
 from .borrowing import borrowed, seed_all
 from .errors import InputError, check_choice, check_count, check_full_precision, check_number, device_of
-from .estimators import Batch, RobustLoss, first_order, projected_gradient_ascent
+from .estimators import Batch, RobustLoss, first_order, norm, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather, place
 from .pruning import LAYERS, Group, prunable_groups
@@ -307,10 +307,10 @@ def channel_parts(layer: nn.Module, weight: Tensor, gradient: Tensor) -> tuple[A
     Σ (w · ∂R/∂w)² over the weights of each channel, over ‖θ‖² ‖∂R/∂θ‖² of all. They add up to about 1 / weights of the
     layer if large weights meet large gradients no more often than chance has it.
     """
-    groups, smallest = getattr(layer, "groups", 1), torch.finfo(torch.float64).tiny
-    weight, gradient = weight.detach().double(), gradient.double()
-    parts = (weight * gradient / (weight.norm() * gradient.norm()).clamp(min=smallest)).square()
-    parts = parts.reshape(groups, len(parts) // groups, parts.shape[1], -1).sum(3)
+    groups = getattr(layer, "groups", 1)
+    weight, gradient = (each.detach() / (norm(each.detach()) or 1.0) for each in (weight, gradient))
+    parts = (weight * gradient).square()
+    parts = parts.reshape(groups, len(parts) // groups, parts.shape[1], -1).sum(3, dtype=torch.float64)
     if getattr(layer, "transposed", False):
         parts = parts.transpose(1, 2)
     return parts.sum(2).flatten().cpu().numpy(), parts.sum(1).flatten().cpu().numpy()
