@@ -7,7 +7,8 @@
 
 Parts: `references`, layers' scores by RiFT's procedure and a converged maximiser, which takes longest; `truth`, ours
 beside them; `speed`, against RiFT's; `scaling`, from resnet18 to resnet101; `memory`, beside a training step's;
-`damage`, groups' scores against what pruning really costs; `allocation`, what ratios should go by; `images`, how many.
+`damage`, groups' scores against what pruning really costs; `allocation`, what ratios should go by; `images`, how many;
+`units`, a sensitivity with all its channels, from which docs/picture.py draws.
 Each network or seed is a file in benchmarks/results/.
 """
 
@@ -38,7 +39,7 @@ from benchmarks.contenders import MeasuredBefore
 from benchmarks.networks import EPS, NETWORKS, dense
 from benchmarks.references import converged, mean_loss, rift
 from benchmarks.tables import RESULTS, fill, markdown, provenance
-from tp_mrs import Sensitivity, allocate, create_model, recalibrate
+from tp_mrs import Sensitivity, allocate, create_model, measure_sensitivity, recalibrate
 from tp_mrs.attacks import named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.estimators import RobustLoss, first_order, projected_gradient_ascent
@@ -456,10 +457,21 @@ def images(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     return {"data": data.name, "network": name, "rows": rows}
 
 
+# --- units: a sensitivity to look at ----------------------------------------------------------------------------------
+
+
+def units(data_name: str, folder: str | None, name: str) -> Sensitivity:
+    """The network's sensitivity, channel by channel."""
+    data = load_data(data_name, folder)
+    batch = images_of(data, 512)
+    attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
+    return measure_sensitivity(dense(data, name), [batch], attack, example_inputs=batch[0][:1], progress=False)
+
+
 # --- running and reporting -------------------------------------------------------------------------------------------
 
 
-def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, str, Callable[[], dict[str, Any] | Sensitivity]]]:
     """Part, file name and function of everything there is to do, with the data at hand."""
     for seed in range(3):
         yield "references", f"references-{seed}", partial(references, seed)
@@ -467,6 +479,7 @@ def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, str, Callable[[
     yield "speed", "speed", speed
     yield "scaling", "scaling", scaling
     yield "memory", "memory", memory
+    yield "units", "digits-resnet18", partial(units, "digits", None, "resnet18")
     for data, name in NETWORKS:
         if data in folders and not name.startswith("narrow"):
             if name == "resnet18":
@@ -651,7 +664,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("references", "truth", "speed", "scaling", "memory", "damage", "allocation", "images")
+    parts = ("references", "truth", "speed", "scaling", "memory", "damage", "allocation", "images", "units")
     parser.add_argument("--parts", nargs="+", choices=parts, help="run these, anew")
     parser.add_argument("--data-dir", help="folder with CIFAR-10; without it, digits only")
     parser.add_argument("--report", action="store_true", help="write the tables and the plot only")
@@ -668,7 +681,10 @@ def main() -> None:
         wanted = part in arguments.parts if arguments.parts else not path_of(file).exists()
         if wanted and not arguments.report:
             taken, result = seconds(run)
-            write_json(path_of(file), {"format": FORMAT, **provenance(), **result})
+            if isinstance(result, Sensitivity):
+                result.save(path_of(file))
+            else:
+                write_json(path_of(file), {"format": FORMAT, **provenance(), **result})
             print(f"{file}: {taken:.0f} s", flush=True)
     fill("sensitivity", report())
     plot(RESULTS / "sensitivity.png")
