@@ -128,6 +128,11 @@ def comparisons(folder: Path) -> list[Comparison]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def tables(found: Sequence[Comparison]) -> str:
+    """All of them."""
+    return "\n\n".join(part for part in [summary(found), rank_table(found), *map(budget_table, found)] if part)
+
+
 def summary(found: Iterable[Comparison]) -> str:
     """Ours beside the best of the others at each budget and amount of fine-tuning."""
     rows = []
@@ -291,6 +296,7 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
             axis.axhline(dense, color="black", linestyle=":", label="dense")
             axis.set_title(subject, fontsize="medium")
             axis.set_xlabel("MACs left (%), no fine-tuning")
+            axis.set_xlim(0, 105)
         finish(figure, axes, path)
 
 
@@ -352,14 +358,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for report.md and plots, instead of the README files")
     arguments = parser.parse_args()
     found = comparisons(arguments.cells)
-    short = summary(found)
-    text = "\n\n".join(part for part in [short, rank_table(found), *map(budget_table, found)] if part)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_bytes(arguments.out / "report.md", f"{text}\n".encode())
+        write_bytes(arguments.out / "report.md", f"{tables(found)}\n".encode())
     else:
-        fill("pruners", text)
-        fill("pruners_summary", short, FOLDER.parent / "README.md")
+        fill("pruners", tables(found))
+        fill("pruners_summary", summary(found), FOLDER.parent / "README.md")
     for name, plot in PLOTS.items():
         plot(found, (arguments.out or RESULTS) / name)
 

@@ -227,6 +227,9 @@ def main() -> None:
         and (not arguments.networks or f"{one.data}/{one.network}" in arguments.networks)
         and (not arguments.budgets or f"{one.budget.measure}-{100 * one.budget.target:g}" in arguments.budgets)
     ]
+    if not work:
+        there = ", ".join(f"{data}/{network}" for data, network in tier.grid)
+        parser.error(f"nothing of this tier is left to run; it has {there}, and all but digits need --data-dir")
     contenders = arguments.contenders or tier.contenders
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:

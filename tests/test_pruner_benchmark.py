@@ -198,6 +198,12 @@ def test_the_report_is_made_from_the_cells_byte_for_byte(cells: Path, monkeypatc
     assert f"{100 * accuracy:.1f} |" in text
 
 
+def test_the_readme_files_show_the_committed_cells() -> None:
+    found = report.comparisons(run.CELLS)
+    assert report.tables(found) in (report.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert report.summary(found) in (report.FOLDER.parent / "README.md").read_text(encoding="utf-8")
+
+
 def cell(seed: int, right: str, images: int) -> dict[str, Any]:
     packed = np.packbits([int(bit) for bit in right]).tobytes().hex()
     value = right.count("1") / images
