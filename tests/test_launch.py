@@ -69,14 +69,7 @@ def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
     done = tp_mrs_twice(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to run") == done.stdout.count("Change") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "finetuning.json",
-        "log.jsonl",
-        "model.safetensors",
-        "run.yaml",
-        "training.png",
-        "training.svg",
-    ]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(cli.FINETUNED)
     record = json.loads((tmp_path / "run" / "finetuning.json").read_text())
     arguments = ["evaluate", *FEW, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]
     assert record["after"]["outcomes"] == printed(*arguments, folder=tmp_path)["outcomes"]
