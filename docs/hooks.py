@@ -8,7 +8,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-BORROWED = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/sensitivity.png")
+PLOTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks/results").glob("*.png"))
+BORROWED = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *PLOTS)
 """Files from outside that are pages, or on them, under the same names, so that links between them hold."""
 
 
