@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ import torch_pruning as tp
 from benchmarks import contenders
 from benchmarks.contenders import Subject
 from benchmarks.tables import RESULTS, fill, provenance
+from benchmarks.timing import timed
 from tp_mrs import allocate, create_model
 from tp_mrs.attacks import bind
 from tp_mrs.data import load_data
@@ -72,12 +72,6 @@ def measured() -> dict[str, Any]:
             subject = Subject(data, "resnet18", 0, model=model, images=IMAGES)  # a new one remembers nothing
             seconds[name].append(timed(partial(criterion, subject)))
     return {name: round(statistics.median(each), 2) for name, each in seconds.items()}
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def report() -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contenders import Budget, Subject, allocated, sensitivity, taylor
 from benchmarks.networks import BATCH_SIZE, EPS, TRAINING, dense
 from benchmarks.tables import RESULTS, fill, markdown, provenance
-from tp_mrs import allocate, create_model, evaluate, finetune, recalibrate
-from tp_mrs.attacks import named_attack, parse_eps
+from benchmarks.timing import timed
+from tp_mrs import create_model, evaluate, finetune, recalibrate
+from tp_mrs.attacks import parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.files import read_json, write_json
-from tp_mrs.importance import MRSImportance
 from tp_mrs.objectives import Objective, ard, awp, rslad
-from tp_mrs.pruning import prune_by_ratio
 
 FORMAT = "tp_mrs.finetuning_benchmark/1"
 
@@ -72,12 +71,6 @@ def plain_passes(model: nn.Module, batches: list[tuple[Tensor, Tensor]], passes:
     for images, labels in batches:
         for _ in range(passes):
             F.cross_entropy(model(images.detach().requires_grad_()), labels).backward()
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 # --- objectives ------------------------------------------------------------------------------------------------------
@@ -119,7 +112,7 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     data = load_data(data_name, folder)
     name = "narrow resnet18" if data_name == "digits" else "resnet18"
     teacher = dense(data, name, seed=seed).requires_grad_(False).eval()
-    pruned = pruned_by_mrs(teacher, data, seed)
+    pruned = pruned_by_mrs(teacher, data, name, seed)
     rows = {"dense": assess(teacher, data), "pruned": assess(pruned, data)}
     training = {key: TRAINING[data_name][key] for key in ("lr", "optimizer", "precision", "channels_last")}
     for label, recipe in RECIPES.items():
@@ -154,15 +147,11 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     }
 
 
-def pruned_by_mrs(model: nn.Module, data: ImageData, seed: int) -> nn.Module:
+def pruned_by_mrs(model: nn.Module, data: ImageData, name: str, seed: int) -> nn.Module:
     """A copy with a quarter of the MACs, recalibrated."""
-    pruned = copy.deepcopy(model).requires_grad_(True)
-    calibration = list(make_loader(random_subset(data.calibration, 512, seed=seed), batch_size=128))
-    attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
-    importance = MRSImportance(pruned, calibration, attack, alpha=0.0, seed=seed, progress=False)
-    example = torch.zeros(1, *data.shape)
-    prune_by_ratio(pruned, example, allocate(pruned, example, importance.sensitivity(example), macs=MACS), importance)
-    return recalibrate(pruned, calibration, progress=False)
+    subject = Subject(data, name, seed, model=model)
+    pruned = allocated(taylor("adversarial"), sensitivity)(subject, Budget("macs", MACS))
+    return recalibrate(pruned.requires_grad_(True), subject.calibration, progress=False)
 
 
 def assess(model: nn.Module, data: ImageData) -> dict[str, float]:

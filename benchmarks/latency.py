@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import tp_mrs
 from benchmarks.tables import RESULTS, fill, provenance
+from benchmarks.timing import timed
 from tp_mrs.files import read_json, write_json
 from tp_mrs.pruning import count
 
@@ -88,15 +88,9 @@ def forward(model: nn.Module, batch: int) -> Callable[[], Any]:
 
 def paired(ours: Callable[[], Any], other: Callable[[], Any], pairs: int) -> dict[str, float]:
     """Median, least and greatest ratio of times over pairs of runs, after one to warm up."""
-    ratios = [seconds(ours) / seconds(other) for _ in range(pairs + 1)][1:]
+    ratios = [timed(ours) / timed(other) for _ in range(pairs + 1)][1:]
     numbers = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     return {key: round(value, 3) for key, value in numbers.items()}
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def table() -> str:

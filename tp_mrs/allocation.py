@@ -67,9 +67,9 @@ def allocate(
         (not `global_pruning`) pruner made with `**tp_mrs.pruner_kwargs(model)`.
 
     Notes:
-        Groups differ in how many of their units hardly matter, which no score of a whole group tells: going by the
-        units' sensitivities keeps more robustness than by `Sensitivity.typical`, and that more than by the worst
-        case MRS_g, which spares wide late layers at the cost of narrow early ones (benchmarks/README.md).
+        Groups differ in how many of their units hardly matter, which no score of a whole group tells. As a score of the
+        group, the worst case MRS_g spares wide late layers at the cost of narrow early ones; robust accuracy after much
+        pruning is lower than with `Sensitivity.typical` (benchmarks/README.md).
 
     Raises:
         InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
@@ -211,13 +211,14 @@ class _Plan:
 
     @cached_property
     def limits(self) -> dict[str, Array]:
-        """The λ from which on each unit of each group goes, ascending."""
+        """The λ from which on 0, 1, 2, … units of each group go, ascending."""
         whole = {group.name: group.units for group in self.groups}
         found = {}
         for group in self.groups:
             saved = max(self.cost(whole) - self.cost({**whole, group.name: group.units - 1}), _SMALLEST_COST)
             q = _fractions(group.units)
-            found[group.name] = np.maximum.accumulate(q * (self.losses[group.name] / (q * saved)) ** self.alpha)
+            limits = q * (self.losses[group.name] / (q * saved)) ** self.alpha
+            found[group.name] = np.maximum.accumulate(np.concatenate([[0.0], limits]))
         return found
 
     def choices(self, group: Group) -> list[int]:
@@ -229,11 +230,10 @@ class _Plan:
 
     def wanted(self, level: float) -> dict[str, float]:
         """Units that each group would keep at λ = `level` if they could be split."""
-        found = {}
-        for group in self.groups:
-            limits = np.concatenate([[0.0], self.limits[group.name]])
-            found[group.name] = group.units - float(np.interp(level, limits, np.arange(group.units + 1)))
-        return found
+        return {
+            group.name: group.units - float(np.interp(level, self.limits[group.name], np.arange(group.units + 1)))
+            for group in self.groups
+        }
 
     def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
         kept = {}
@@ -334,7 +334,7 @@ def _shares(
             channels = width(modules[member.name], "out" if member.side == "both" else member.side)
             if channels:
                 side = inputs if member.side == "in" else outputs
-                side.setdefault(member.name, {})[group.name] = member.per_unit / channels
+                side.setdefault(member.name, {})[group.name] = len(member.channels) // group.units / channels
     return outputs, inputs
 
 

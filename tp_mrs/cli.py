@@ -27,7 +27,7 @@ from .evaluation import Evaluation, evaluate
 from .exporting import check_format, export
 from .files import check_output_folder, write_bytes, write_json
 from .finetuning import check_training, finetune
-from .html import report_page
+from .html import CAPTIONS, report_page
 from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
@@ -39,9 +39,7 @@ from .processes import place
 from .sensitivity import Sensitivity
 from .storage import load, save
 
-PICTURES = tuple(
-    f"{name}.{kind}" for name in ("sensitivity", "widths", "robustness", "training") for kind in ("png", "svg")
-)
+PICTURES = tuple(f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg"))
 PRUNED = ("model.safetensors", "report.json", "report.html", "run.yaml", *PICTURES)
 FINETUNED = ("model.safetensors", "finetuning.json", "log.jsonl", "run.yaml", "training.png", "training.svg")
 MEASURED = ("sensitivity.json", "run.yaml", "sensitivity.png", "sensitivity.svg")

@@ -145,7 +145,6 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]]) -> Figure:
             numbers, look = [each.epoch for each in known], _look(index)
             axes[1].plot(numbers, [100 * (each.clean or 0) for each in known], label=f"{name}, clean", ls="--", **look)
             axes[1].plot(numbers, [100 * (each.robust or 0) for each in known], label=f"{name}, attacked", **look)
-    axes[0].set_ylabel("training loss (nats)")
     for axis, label in zip(axes, ("training loss (nats)", "accuracy on held-out images (%)"), strict=False):
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)

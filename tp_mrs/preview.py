@@ -82,17 +82,16 @@ def fates(
         InputError: as `allocate`.
     """
     if sensitivity is None:
-        scores: Mapping[str, float] = dict.fromkeys((each.name for each in prunable_groups(model, example_inputs)), 1.0)
-        ratios = allocate(model, example_inputs, scores, alpha=0.0, **allocating)
+        alike = dict.fromkeys((group.name for group in prunable_groups(model, example_inputs)), 1.0)
+        ratios = allocate(model, example_inputs, alike, alpha=0.0, **allocating)
     else:
-        scores = sensitivity.typical
         ratios = allocate(model, example_inputs, sensitivity, alpha=alpha, **allocating)
     pruned = copied(model)
     named = {name: module for name, module in model.named_modules() if module in ratios}
     prune_by_ratio(pruned, example_inputs, {pruned.get_submodule(name): ratios[root] for name, root in named.items()})
     found = {}
     for name, root in named.items():
-        score = None if sensitivity is None else scores[name]
+        score = None if sensitivity is None else sensitivity.typical[name]
         found[name] = Fate(score, ratios[root], width(root, "out"), width(pruned.get_submodule(name), "out"))
     return found, pruned
 

@@ -61,14 +61,10 @@ def _classifier(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Member:
-    """One side of a layer that changes with a group: `per_unit` channels for each unit removed from the group.
-
-    `units` says for each of `channels`, by their numbers, which unit it goes with.
-    """
+    """One side of a layer that changes with a group; `units` says for each of `channels` which unit it goes with."""
 
     name: str
     side: Literal["out", "in", "both"]
-    per_unit: int
     channels: tuple[int, ...]
     units: tuple[int, ...]
 
@@ -181,7 +177,6 @@ def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, 
         Member(
             names[item.dep.target.module],
             _side(pruner, item.dep.handler),
-            len(item.idxs) // rooted.units,
             tuple(item.idxs),
             tuple(index % rooted.units for index in item.root_idxs),
         )
