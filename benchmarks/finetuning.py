@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import Budget, Subject, allocated, sensitivity, taylor
-from benchmarks.networks import BATCH_SIZE, EPS, TRAINING, dense
+from benchmarks.contenders import CONTENDERS, MAIN, Budget, Subject
+from benchmarks.networks import EPS, FINETUNING
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
-from tp_mrs import create_model, evaluate, finetune, recalibrate
+from tp_mrs import create_model, evaluate, finetune
 from tp_mrs.attacks import parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.files import read_json, write_json
@@ -111,28 +111,15 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     """One dense network, pruned once, fine-tuned by every recipe."""
     data = load_data(data_name, folder)
     name = "narrow resnet18" if data_name == "digits" else "resnet18"
-    teacher = dense(data, name, seed=seed).requires_grad_(False).eval()
-    pruned = pruned_by_mrs(teacher, data, name, seed)
+    subject = Subject(data, name, seed)
+    teacher = subject.model
+    pruned = CONTENDERS[MAIN](subject, Budget("macs", MACS), 0)
     rows = {"dense": assess(teacher, data), "pruned": assess(pruned, data)}
-    training = {key: TRAINING[data_name][key] for key in ("lr", "optimizer", "precision", "channels_last")}
     for label, recipe in RECIPES.items():
         student = copy.deepcopy(pruned)
-        loader = make_loader(data.train, batch_size=BATCH_SIZE[data_name], shuffle=True, seed=seed)
         epochs = PASSES[data_name] / recipe.passes
-        seconds = timed(
-            partial(
-                finetune,
-                student,
-                loader,
-                objective=recipe.objective(teacher),
-                attack=recipe.attack,
-                eps=parse_eps(EPS[data_name]),
-                epochs=epochs,
-                seed=seed,
-                progress=False,
-                **training,
-            )
-        )
+        changes = {"objective": recipe.objective(teacher), "attack": recipe.attack, "epochs": epochs}
+        seconds = timed(partial(finetune, student, subject.train_data, **{**subject.finetuning, **changes}))
         rows[label] = {"epochs": round(epochs, 2), "seconds": round(seconds, 1), **assess(student, data)}
         print(f"{data_name} seed {seed}  {label:18} {rows[label]}", flush=True)
     return {
@@ -141,17 +128,11 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
         "seed": seed,
         "macs": MACS,
         "passes": PASSES[data_name],
-        "training": training,
+        "pruned_by": MAIN,
+        "training": FINETUNING[data_name],
         "test_images": TEST_IMAGES[data_name],
         "rows": rows,
     }
-
-
-def pruned_by_mrs(model: nn.Module, data: ImageData, name: str, seed: int) -> nn.Module:
-    """A copy with a quarter of the MACs, recalibrated."""
-    subject = Subject(data, name, seed, model=model)
-    pruned = allocated(taylor("adversarial"), sensitivity)(subject, Budget("macs", MACS))
-    return recalibrate(pruned.requires_grad_(True), subject.calibration, progress=False)
 
 
 def assess(model: nn.Module, data: ImageData) -> dict[str, float]:
