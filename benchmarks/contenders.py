@@ -34,6 +34,7 @@ from tp_mrs.architectures import LAYERS
 from tp_mrs.attacks import AttackLike, Perturb, bind, named_attack, parse_eps
 from tp_mrs.borrowing import borrowed
 from tp_mrs.data import ImageData, make_loader, random_subset
+from tp_mrs.errors import device_of
 from tp_mrs.importance import lent_gradients, sorted_copy
 from tp_mrs.measuring import Measurement, measure
 from tp_mrs.objectives import Objective, resolve
@@ -70,7 +71,6 @@ class Subject:
         self._given = model
         self.data, self.network, self.seed = data, network, seed
         self.eps = parse_eps(EPS[data.name])
-        self.example = torch.zeros(1, *data.shape)
         calibration = random_subset(data.calibration, images, seed=seed)
         self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(calibration, batch_size=128))
         self.attack = named_attack(ATTACK, eps=self.eps)
@@ -81,6 +81,11 @@ class Subject:
     def model(self) -> nn.Module:
         """The one given, or the trained one."""
         return self._given or dense_network(self.data, self.network, seed=self.seed)
+
+    @cached_property
+    def example(self) -> Tensor:
+        """Zeros of an image's shape, (1, C, H, W)."""
+        return torch.zeros(1, *self.data.shape, device=device_of(self.model))
 
     @property
     def train_data(self) -> Any:
@@ -109,10 +114,11 @@ class Evidence:
         """Parameter → the mean square of each image's gradient."""
         model, batch = self.subject.model, self.subject.calibration[0]
         torch.manual_seed(self.subject.seed)
-        images = bind(self.attack, model)(*batch)[:SQUARED_IMAGES]
+        labels = batch[1].to(device_of(model))
+        images = bind(self.attack, model)(batch[0].to(labels.device), labels)[:SQUARED_IMAGES]
         names, parameters = zip(*model.named_parameters(), strict=True)
         found = [torch.zeros_like(parameter) for parameter in parameters]
-        for image, label in zip(images, batch[1], strict=False):
+        for image, label in zip(images, labels, strict=False):
             loss = F.cross_entropy(model(image[None]), label[None])
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for square, gradient in zip(found, gradients, strict=True):

@@ -171,7 +171,7 @@ def report() -> str:
             f"bf16 with channels_last, times faster than plain fp32: {faster}. On {run['device']}."
         )
     for data in EPS:
-        runs = results(f"objectives-{data}")
+        runs = results(f"objectives-{data}-")
         if runs:
             parts.append(table(runs))
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ from tp_mrs.files import read_json, write_bytes
 from tp_mrs.plotting import BLUE, GREEN, ORANGE
 
 ATTACK = "pgd-20"
+COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 RESAMPLES = 2000
+FEWEST_POINTS = 3
+"""Of a curve over the epochs of fine-tuning."""
+
 GREY = "#999999"
 PANEL_WIDTH, LABEL_WIDTH = 4.6, 2.8
 """In inches."""
@@ -85,6 +90,10 @@ class Comparison:
         pairs = zip(self.outcomes(MAIN, point), self.outcomes(contender, point), strict=True)
         return bootstrap([ours - theirs for ours, theirs in pairs])
 
+    def dense_accuracy(self, seeds: Iterable[int]) -> float:
+        """Robust accuracy of the dense networks, mean in %."""
+        return 100 * statistics.mean(self.dense[seed][ATTACK] for seed in seeds)
+
     def best_other(self, point: str) -> str | None:
         """Of Torch-Pruning's, by the mean over the same seeds and images, which favours it."""
         others = [name for name in self.common(point) if name in OTHERS]
@@ -130,7 +139,8 @@ def comparisons(folder: Path) -> list[Comparison]:
 
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
-    return "\n\n".join(part for part in [summary(found), rank_table(found), *map(budget_table, found)] if part)
+    parts = [summary(found), rank_table(found), *map(recovery, found), *map(budget_table, found)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def summary(found: Iterable[Comparison]) -> str:
@@ -141,13 +151,12 @@ def summary(found: Iterable[Comparison]) -> str:
             best = comparison.best_other(point)
             if best is not None:
                 seeds = comparison.seeds(MAIN, point)
-                dense = 100 * statistics.mean(comparison.dense[seed][ATTACK] for seed in seeds)
                 rows.append(
                     [
                         f"{comparison.key.subject}, {comparison.key}",
                         epochs_text(point),
                         str(len(seeds)),
-                        f"{dense:.1f}",
+                        f"{comparison.dense_accuracy(seeds):.1f}",
                         f"{comparison.accuracy(MAIN, point):.1f}",
                         f"{comparison.accuracy(best, point):.1f} ({best})",
                         lead_text(comparison.lead(best, point)),
@@ -166,13 +175,45 @@ def lead_text(lead: tuple[float, float, float]) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def recovery(comparison: Comparison) -> str:
+    """Epochs of fine-tuning, read off the curves, that it takes to come within 3 points of the dense networks."""
+    points = [point for point in comparison.points() if comparison.seeds(MAIN, point)]
+    if len(points) < FEWEST_POINTS:
+        return ""
+    names = [name for name in CONTENDERS if all(name in comparison.common(point) for point in points)]
+    dense = comparison.dense_accuracy(comparison.seeds(MAIN, points[0]))
+    epochs = [float(point) for point in points]
+    rows = []
+    for name in names:
+        curve = [comparison.accuracy(name, point) for point in points]
+        needed = crossing(epochs, curve, dense - 3)
+        shown = f"more than {points[-1]}" if needed is None else f"{needed:.2f}"
+        rows.append([f"**{name}**" if name in OURS else name, shown, *(f"{value:.1f}" for value in curve)])
+    title = (
+        f"**Recovery**, {comparison.key.subject}, {comparison.key}: epochs of fine-tuning to PGD-20 accuracy "
+        f"within 3 points of the dense networks' {dense:.1f}, on a straight line between the measured; and after each."
+    )
+    return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
+
+
+def crossing(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:
+    """Where the line through these points first reaches `level`; None if it never does."""
+    if ys[0] >= level:
+        return xs[0]
+    for left, right in itertools.pairwise(zip(xs, ys, strict=True)):
+        if right[1] >= level:
+            return left[0] + (right[0] - left[0]) * (level - left[1]) / (right[1] - left[1])
+    return None
+
+
 def budget_table(comparison: Comparison) -> str:
     """Every contender at one budget."""
     points = [point for point in comparison.points() if comparison.seeds(MAIN, point)]
+    columns = [column for column in COLUMNS if all(column in cell for cell in comparison.dense.values())]
     header = ["", "MACs", "params"]
     for point in points:
         name = "one shot" if float(point) == 0 else epochs_text(point)
-        header += [f"clean, {name}", f"PGD-20, {name}", f"{MAIN} less this"]
+        header += [*(f"{COLUMNS[column]}, {name}" for column in columns), f"{MAIN} less this"]
     rows = []
     for name in CONTENDERS:
         cells = comparison.cells.get(name, {})
@@ -182,16 +223,19 @@ def budget_table(comparison: Comparison) -> str:
         row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
         for point in points:
             seeds = comparison.seeds(name, point)
-            row += [f"{comparison.accuracy(name, point, of):.1f}" if seeds else "" for of in ("clean", ATTACK)]
+            row += [f"{comparison.accuracy(name, point, of):.1f}" if seeds else "" for of in columns]
             shown = name != MAIN and name in comparison.common(point)
             row.append(lead_text(comparison.lead(name, point)) if shown else "")
         rows.append(row)
     first = next(iter(comparison.dense.values()))
-    dense = ", ".join(f"{100 * cell['clean']:.1f} / {100 * cell[ATTACK]:.1f}" for cell in comparison.dense.values())
+    dense = ", ".join(
+        " / ".join(f"{100 * cell[column]:.1f}" for column in columns) for cell in comparison.dense.values()
+    )
     numbers = sorted({len(comparison.seeds(name, points[0])) for name in comparison.cells} - {0}) if points else []
     text = (
         f"**{comparison.key.subject}, {comparison.key}**; eps {first['settings']['eps']}, "
-        f"{first['settings']['test_images']} test images, dense {dense} (clean / PGD-20 of each seed), "
+        f"{first['settings']['test_images']} test images, dense {dense} "
+        f"({' / '.join(COLUMNS[column] for column in columns)} of each seed), "
         f"{' or '.join(map(str, numbers))} seed{'s' if numbers != [1] else ''}."
     )
     failed = {name: cell["failed"] for name, of in comparison.cells.items() for cell in of.values() if "failed" in cell}
@@ -292,8 +336,7 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
                     draw(
                         axis, name, [one.size(name, "macs") for one in there], [spread(one, name, "0") for one in there]
                     )
-            dense = statistics.mean(100 * cell[ATTACK] for cell in ours[0].dense.values())
-            axis.axhline(dense, color="black", linestyle=":", label="dense")
+            axis.axhline(ours[0].dense_accuracy(ours[0].dense), color="black", linestyle=":", label="dense")
             axis.set_title(subject, fontsize="medium")
             axis.set_xlabel("MACs left (%), no fine-tuning")
             axis.set_xlim(0, 105)
@@ -302,7 +345,7 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
 
 def plot_curves(found: Sequence[Comparison], path: Path) -> None:
     """Robust accuracy against epochs of fine-tuning."""
-    curves = [one for one in found if len([point for point in one.points() if one.seeds(MAIN, point)]) > 2]
+    curves = [one for one in found if len([point for point in one.points() if one.seeds(MAIN, point)]) >= FEWEST_POINTS]
     if curves:
         figure, axes = panels(len(curves))
         for axis, one in zip(axes, curves, strict=True):
@@ -310,12 +353,7 @@ def plot_curves(found: Sequence[Comparison], path: Path) -> None:
                 points = [point for point in one.points() if one.seeds(name, point)]
                 if points:
                     draw(axis, name, [float(point) for point in points], [spread(one, name, point) for point in points])
-            axis.axhline(
-                statistics.mean(100 * cell[ATTACK] for cell in one.dense.values()),
-                color="black",
-                linestyle=":",
-                label="dense",
-            )
+            axis.axhline(one.dense_accuracy(one.dense), color="black", linestyle=":", label="dense")
             axis.set_xscale("symlog", linthresh=0.1)
             ticks = [float(point) for point in one.points()]
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -17,9 +17,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +40,6 @@ from tp_mrs.pruning import LAYERS
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
 
-ATTACKS = ("pgd-20",)
-
 
 class Work(NamedTuple):
     """One dense network to prune to one budget."""
@@ -59,12 +57,14 @@ class Tier:
     Attributes:
         grid: data and network → budgets → epochs of fine-tuning (0: none).
         contenders: by name.
+        attacks: to evaluate with.
     """
 
     grid: Mapping[tuple[str, str], Mapping[Budget, Sequence[float]]]
     seeds: Sequence[int] = (0, 1, 2)
     contenders: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
     test_images: int = 500
+    attacks: Sequence[str] = ("pgd-20",)
 
     def work(self) -> Iterator[tuple[Work, Sequence[float]]]:
         for seed in self.seeds:
@@ -91,11 +91,36 @@ TIERS = {
     ),
     "cpu": Tier(
         {
-            ("cifar10", "resnet18"): budgets({0.6: (0,), 0.5: (0, 0.1, 0.25, 1)}, {0.5: (0,)}),
+            ("cifar10", "resnet18"): budgets(
+                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 1)}, {0.5: (0,)}
+            ),
             ("digits", "narrow resnet18"): budgets({0.25: CURVE, 0.5: CURVE, 0.75: (0,), 0.1: CURVE}, {0.25: (0,)}),
             ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
             ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
         }
+    ),
+    "gpu": Tier(
+        {
+            network: budgets({0.5: (0, 1, 5), 0.25: (5,)}, {0.25: (5,), 0.1: (5,)})
+            for network in NETWORKS
+            if network[1].startswith("full ")
+        },
+        contenders=(
+            "L1, uniform",
+            "L2, uniform",
+            "L2, global",
+            "FPGM, uniform",
+            "BN scale, global",
+            "Taylor (adversarial), global",
+            "Hessian (adversarial), global",
+            "GroupNormPruner",
+            "MRS allocate + L2",
+            "MRSImportance + Taylor, global",
+            "mrpf, 2 rounds, L2",
+            "without MRS: α = 0, L2",
+        ),
+        test_images=1000,
+        attacks=("pgd-20", "autoattack"),
     ),
 }
 
@@ -151,11 +176,11 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
     }
 
 
-def assess(model: nn.Module, subject: Subject, images: int) -> dict[str, Any]:
+def assess(model: nn.Module, subject: Subject, tier: Tier) -> dict[str, Any]:
     """Accuracies, and whether each test image was right."""
-    test = make_loader(random_subset(subject.data.test, images, seed=0), batch_size=250)
+    test = make_loader(random_subset(subject.data.test, tier.test_images, seed=0), batch_size=250)
     model = model.to(memory_format=torch.channels_last)
-    found = evaluate(model, test, ATTACKS, eps=subject.eps, latency=False, progress=False)
+    found = evaluate(model, test, tier.attacks, eps=subject.eps, latency=False, progress=False)
     return {"clean": found.clean, **found.robust, "outcomes": found.outcomes, "warnings": found.warnings}
 
 
@@ -167,41 +192,51 @@ def sizes(model: nn.Module, subject: Subject) -> dict[str, Any]:
     return {name: f / d for name, f, d in zip(measures, found, dense, strict=True)} | {"widths": layers}
 
 
-def do(
-    work: Work, epochs: Sequence[float], contenders: Sequence[str], test_images: int, folder: Path, data_dir: str | None
-) -> None:
+def do(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
     """All missing cells of one budget and seed, and the missing points of their curves."""
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
-    settings = settings_of(work, test_images)
+    settings = settings_of(work, tier.test_images)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
-        dense.add(**assess(subject.model, subject, test_images), **sizes(subject.model, subject))
-    for contender in contenders:
+        dense.add(**assess(subject.model, subject, tier), **sizes(subject.model, subject))
+    for contender in tier.contenders:
         cell = Cell(path_of(folder, work, contender), {**head, "contender": contender, "budget": work.budget}, settings)
         for point in epochs:
             if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
                 start = time.perf_counter()
-                shown = fill_in(cell, work, contender, point, subject)
+                shown = fill_in(cell, work, contender, point, subject, tier)
                 seconds = time.perf_counter() - start
                 budget = f"{work.budget.measure} {work.budget.target:.0%}"
                 where = f"{work.data}/{work.network} {budget} seed {work.seed}"
                 print(f"{where}  {contender}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subject) -> str:
+def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subject, tier: Tier) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
         model = CONTENDERS[contender](subject, work.budget, point)
     except (InputError, DivergenceError) as error:
         cell.add(failed=str(error))
         return str(error)
-    found = assess(model, subject, cell.content["settings"]["test_images"])
+    found = assess(model, subject, tier)
     cell.add(**sizes(model, subject), curve={**cell.content.get("curve", {}), f"{point:g}": found})
-    return ", ".join(f"{name} {100 * found[name]:.1f}" for name in ("clean", *ATTACKS))
+    return ", ".join(f"{name} {100 * found[name]:.1f}" for name in ("clean", *tier.attacks))
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
+
+
+def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
+    """Which of these data sets can be loaded; says why the others are left out."""
+    found = set()
+    for name in sorted(names):
+        try:
+            load_data(name, data_dir if name != "digits" else None)
+            found.add(name)
+        except InputError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return found
 
 
 def _start(threads: int) -> None:
@@ -230,22 +265,21 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
     arguments = parser.parse_args()
     tier = TIERS[arguments.tier]
-    seeds = arguments.seeds or tier.seeds
+    tier = replace(tier, seeds=arguments.seeds or tier.seeds, contenders=arguments.contenders or tier.contenders)
+    there = at_hand({data for data, _ in tier.grid}, arguments.data_dir)
     work = [
         (one, [number for number in epochs if not arguments.epochs or number in arguments.epochs])
-        for one, epochs in Tier(tier.grid, seeds).work()
-        if (arguments.data_dir or one.data == "digits")
+        for one, epochs in tier.work()
+        if one.data in there
         and (not arguments.networks or f"{one.data}/{one.network}" in arguments.networks)
         and (not arguments.budgets or f"{one.budget.measure}-{100 * one.budget.target:g}" in arguments.budgets)
     ]
     if not work:
-        there = ", ".join(f"{data}/{network}" for data, network in tier.grid)
-        parser.error(f"nothing of this tier is left to run; it has {there}, and all but digits need --data-dir")
-    contenders = arguments.contenders or tier.contenders
+        grid = ", ".join(f"{data}/{network}" for data, network in tier.grid)
+        parser.error(f"nothing of this tier is left to run; it has {grid}, and all but digits need --data-dir")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
-        rest = (contenders, tier.test_images, arguments.out, arguments.data_dir)
-        tasks = [pool.submit(do, one, epochs, *rest) for one, epochs in work]
+        tasks = [pool.submit(do, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
         for task in as_completed(tasks):
             task.result()
 

@@ -138,10 +138,14 @@ WORK = run.Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
 FEW = ("random, uniform", "L2, uniform", MAIN)
 
 
+def tier(*contenders: str, test_images: int = 20) -> run.Tier:
+    return run.Tier({}, contenders=contenders, test_images=test_images)
+
+
 @pytest.fixture
 def cells(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run, "Subject", lambda *_: subject)
-    run.do(WORK, (0,), FEW, 20, tmp_path, None)
+    run.do(WORK, (0,), tier(*FEW), tmp_path, None)
     return tmp_path
 
 
@@ -149,14 +153,14 @@ def test_what_is_there_is_not_done_again(cells: Path, monkeypatch: pytest.Monkey
     before = {path: path.read_bytes() for path in cells.rglob("*.json")}
     assert len(before) == 1 + len(FEW)
     monkeypatch.setattr(run, "CONTENDERS", {})
-    run.do(WORK, (0,), FEW, 20, cells, None)
+    run.do(WORK, (0,), tier(*FEW), cells, None)
     assert {path: path.read_bytes() for path in cells.rglob("*.json")} == before
 
 
 def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
     path = run.path_of(cells, WORK, MAIN)
     one_shot = read_json(path, run.FORMAT)["curve"]["0"]
-    run.do(WORK, (0, 0.02), (MAIN,), 20, cells, None)
+    run.do(WORK, (0, 0.02), tier(MAIN), cells, None)
     curve = read_json(path, run.FORMAT)["curve"]
     assert list(curve) == ["0", "0.02"]
     assert curve["0"] == one_shot
@@ -164,7 +168,7 @@ def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
 
 def test_other_settings_are_refused(cells: Path) -> None:
     with pytest.raises(InputError, match=r"^out: .* made with other settings; remove it"):
-        run.do(WORK, (0,), FEW, 30, cells, None)
+        run.do(WORK, (0,), tier(*FEW, test_images=30), cells, None)
 
 
 def test_a_contender_that_cannot_meet_the_budget_is_reported(
@@ -175,7 +179,7 @@ def test_a_contender_that_cannot_meet_the_budget_is_reported(
 
     monkeypatch.setattr(run, "Subject", lambda *_: subject)
     monkeypatch.setattr(run, "CONTENDERS", {**CONTENDERS, "L2, uniform": refuse})
-    run.do(WORK, (0,), ("L2, uniform", MAIN), 20, tmp_path, None)
+    run.do(WORK, (0,), tier("L2, uniform", MAIN), tmp_path, None)
     (comparison,) = report.comparisons(tmp_path)
     assert comparison.common("0") == [MAIN]
     assert "L2, uniform: macs: out of reach" in report.budget_table(comparison)
@@ -222,6 +226,13 @@ def test_leads_are_paired_by_image_and_seed() -> None:
     assert 0 <= low < 20 < high <= 70
     assert comparison.best_other("0") == "L2, uniform"  # the other one lacks a seed
     assert comparison.lead(MAIN, "0") == (0, 0, 0)
+
+
+def test_recovery_is_read_off_the_line_between_points() -> None:
+    assert report.crossing([0, 0.1, 0.5], [20, 30, 50], 40) == pytest.approx(0.3)
+    assert report.crossing([0, 0.1], [40, 30], 40) == 0
+    assert report.crossing([0, 0.1, 0.2], [20, 40, 30], 40) == pytest.approx(0.1)
+    assert report.crossing([0, 0.1], [20, 30], 40) is None
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
