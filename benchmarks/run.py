@@ -86,7 +86,7 @@ TIERS = {
     "smoke": Tier(
         {("digits", "narrowest resnet18"): budgets({0.5: (0, 1)}, {})},
         seeds=(0,),
-        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "MRS allocate + L2"),
+        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "MRS allocate"),
         test_images=100,
     ),
     "cpu": Tier(
@@ -114,10 +114,10 @@ TIERS = {
             "Taylor (adversarial), global",
             "Hessian (adversarial), global",
             "GroupNormPruner",
-            "MRS allocate + L2",
+            "MRS allocate",
             "MRSImportance + Taylor, global",
-            "mrpf, 2 rounds, L2",
-            "without MRS: α = 0, L2",
+            "mrpf, 2 rounds",
+            "without allocation: α = 0",
         ),
         test_images=1000,
         attacks=("pgd-20", "autoattack"),
@@ -266,12 +266,13 @@ def main() -> None:
     arguments = parser.parse_args()
     tier = TIERS[arguments.tier]
     tier = replace(tier, seeds=arguments.seeds or tier.seeds, contenders=arguments.contenders or tier.contenders)
-    there = at_hand({data for data, _ in tier.grid}, arguments.data_dir)
+    wanted = [name for name in tier.grid if not arguments.networks or "/".join(name) in arguments.networks]
+    there = at_hand({data for data, _ in wanted}, arguments.data_dir)
     work = [
         (one, [number for number in epochs if not arguments.epochs or number in arguments.epochs])
         for one, epochs in tier.work()
-        if one.data in there
-        and (not arguments.networks or f"{one.data}/{one.network}" in arguments.networks)
+        if (one.data, one.network) in wanted
+        and one.data in there
         and (not arguments.budgets or f"{one.budget.measure}-{100 * one.budget.target:g}" in arguments.budgets)
     ]
     if not work:

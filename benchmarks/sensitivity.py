@@ -44,7 +44,7 @@ from tp_mrs.attacks import named_attack, parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
 from tp_mrs.estimators import RobustLoss, first_order, projected_gradient_ascent
 from tp_mrs.files import read_json, write_json
-from tp_mrs.importance import MRSImportance
+from tp_mrs.importance import BaseName, MRSImportance
 from tp_mrs.measuring import measure, measured_weights
 from tp_mrs.numerics import Precision
 from tp_mrs.pruning import prunable_groups, prune_by_ratio
@@ -270,7 +270,7 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
     members = {group.name: [layer for layer in group.layers if layer in ours.weights] for group in groups}
     sizes = {layer: weight.numel() for layer, weight in ours.weights.items()}
     together = {group: ours.ascent(layers, 3) for group, layers in members.items()}
-    pruned_by = Pruning(model, calibration, data)
+    pruned_by = Pruning(model, calibration, data, "taylor")
     before, robust_loss = losses_under_attack(model, data, test), mean_loss(model, [batch])
     costs: dict[str, dict[str, dict[str, list[float]]]] = {}
     direct = {}
@@ -302,10 +302,12 @@ def damage(data_name: str, folder: str | None, name: str) -> dict[str, Any]:
 
 
 class Pruning:
-    """Prunes copies of a network by ratios, the weakest channels by Taylor importance on the adversarial loss."""
+    """Prunes copies of a network by ratios; `base` says which channels of a group are the weakest."""
 
-    def __init__(self, model: nn.Module, calibration: tuple[Tensor, Tensor], data: ImageData) -> None:
-        self.model, self.calibration = model, calibration
+    def __init__(
+        self, model: nn.Module, calibration: tuple[Tensor, Tensor], data: ImageData, base: BaseName = "sensitivity"
+    ) -> None:
+        self.model, self.calibration, self.base = model, calibration, base
         self.attack = named_attack("pgd-10", eps=parse_eps(EPS[data.name]))
         importance = MRSImportance(model, [calibration], self.attack, alpha=0.0, channels_last=True, progress=False)
         self.measurement, self.example = importance.measurement(), calibration[0][:1]
@@ -314,9 +316,9 @@ class Pruning:
     def __call__(self, ratios: Mapping[str, float]) -> nn.Module:
         """A pruned copy; ratios by the names of the groups."""
         pruned = copy.deepcopy(self.model)
-        taylor = MeasuredBefore(pruned, [self.calibration], self.attack, alpha=0.0)
-        taylor.shared = self.measurement
-        prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, taylor)
+        importance = MeasuredBefore(pruned, [self.calibration], self.attack, base=self.base, alpha=0.0)
+        importance.shared = self.measurement
+        prune_by_ratio(pruned, self.example, {pruned.get_submodule(name): r for name, r in ratios.items()}, importance)
         return pruned.to(memory_format=torch.channels_last)
 
 

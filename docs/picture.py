@@ -136,7 +136,7 @@ def _plot(groups: Mapping[str, Channels], images: int) -> Iterator[str]:
 
     yield f'<path d="M18 250H{WIDTH - 18}" stroke="#DDDDDD"/>'
     yield _text(18, 282, "How many go: the channels that cost little for what they save", weight="bold")
-    rule = "T² is what random changes of a channel cost, c what removing it saves; λ is the same for all groups."
+    rule = "T² is how much losses change as a channel fades, c what removing it saves; λ is the same for all groups."
     yield _text(18, 302, rule, colour="#555555")
     yield _text(18, 340, "T² / c", colour="#555555")
     for tick in range(math.ceil(low), math.floor(high) + 1):

@@ -210,7 +210,7 @@ def test_two_pruners_do_not_share_their_dictionaries() -> None:
     [
         ({"alpha": -1.0}, "alpha: expected a number >= 0"),
         ({"round_to": 0}, "round_to: expected an integer >= 1"),
-        ({"base": "l7"}, "base: expected one of taylor, magnitude"),
+        ({"base": "l7"}, "base: expected one of sensitivity, taylor, magnitude"),
         ({"epsilon": "big"}, "epsilon"),
         ({"estimator": "sam"}, "estimator"),
     ],

@@ -329,7 +329,7 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
 
 def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    path.write_text('{"format": "tp_mrs.sensitivity/3", "modules": {}}')
+    path.write_text('{"format": "tp_mrs.sensitivity/4", "modules": {}}')
     with pytest.raises(InputError, match="lacks parts"):
         Sensitivity.load(path)
 

@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 import torchattacks
-from torch import nn
+from torch import Tensor, nn
 
 from tests.conftest import image_batches, small_cnn, small_resnet
-from tp_mrs import measure_sensitivity
-from tp_mrs.measuring import measure
-from tp_mrs.pruning import build_pruner, prunable_groups, rooted_groups
+from tp_mrs import MRSImportance, measure_sensitivity
+from tp_mrs.measuring import measure, relative
+from tp_mrs.pruning import LAYERS, build_pruner, prunable_groups, rooted_groups
+from tp_mrs.readers import reading
 
 
 def test_units_by_hand() -> None:
-    """Two linear layers; unit u has row u of the first and column u of the second."""
+    """Three linear layers: unit u of the first is read by the second, whose own units are read by the third."""
     torch.manual_seed(0)
-    layers = nn.Linear(12, 3), nn.Linear(3, 2)
-    model = nn.Sequential(nn.Flatten(), *layers)
-    data = [(torch.rand(4, 3, 2, 2), torch.randint(2, (4,)))]
-    result = measure_sensitivity(model, data, torchattacks.VANILA, example_inputs=data[0][0][:1], epsilon=0.2)
-    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
-    weights, gradients = zip(*((layer.weight.detach(), layer.weight.grad) for layer in layers), strict=True)
-    first, second = ((w * g).square() for w, g in zip(weights, gradients, strict=True) if g is not None)
-    expected = 0.2 * (first.sum(1) + second.sum(0)).sqrt()
-    assert result.units["1"] == pytest.approx(expected.tolist(), rel=1e-4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Linear(3, 5), nn.Linear(5, 2))
+    images, labels = torch.rand(4, 3, 2, 2), torch.randint(2, (4,))
+    units = measure_sensitivity(model, [(images, labels)], torchattacks.VANILA, example_inputs=images[:1]).units
+    with torch.no_grad():
+        first, second = model[:2](images), model[:3](images)
+        by_logit = model(images).softmax(1) - F.one_hot(labels, 2)
+        by_second = by_logit @ model[3].weight
+        slopes = [first * (by_second @ model[2].weight), second * by_second]  # (images, units)
+        norms = torch.cat(slopes, dim=1).norm(dim=1, keepdim=True)
+        expected = [(own / norms).square().mean(0).sqrt().tolist() for own in slopes]
+    assert units["1"] == pytest.approx(expected[0], rel=1e-5)
+    assert units["2"] == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_a_slope_is_what_fading_costs() -> None:
+    """By finite differences, where nothing else reads a channel: its reader's weights shrink a little."""
+    model, (images, labels) = small_cnn().double().eval(), image_batches(1, 6, 16)[0]
+    reader = model.get_submodule("3")
+    assert isinstance(reader, nn.Conv2d)
+    images, little = images.double(), 1e-6
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(images), labels, reduction="none")
+
+    with reading(model) as found:
+        losses().sum().backward()
+    with torch.no_grad():
+        before = losses()
+        for channel in range(reader.in_channels):
+            kept = reader.weight.clone()
+            reader.weight[:, channel] *= 1 - little
+            slope = (before - losses()) / little
+            reader.weight.copy_(kept)
+            assert found["3"][0][:, channel].tolist() == pytest.approx(slope.tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_images_count_alike() -> None:
+    """However high the loss of each; one that no slope belongs to counts as 0."""
+    slopes = {"a": np.array([[3.0, 0.0], [0.003, 0.0], [0.0, 0.0]]), "b": np.array([[4.0], [0.004], [0.0]])}
+    found = relative(slopes)
+    assert found["a"].tolist() == pytest.approx(np.array([[0.6, 0.0], [0.6, 0.0], [0.0, 0.0]]))
+    assert found["b"].tolist() == pytest.approx(np.array([[0.8], [0.8], [0.0]]))
 
 
 class Grouped(nn.Module):
-    """Grouped and depthwise convolutions between plain ones."""
+    """Grouped, depthwise and transposed convolutions between plain ones, and one whose output two layers read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,64 +76,93 @@ class Grouped(nn.Module):
             nn.Conv2d(3, 8, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(8, 8, 3, padding=1, groups=8),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(8, 12, 3, padding=1, groups=4),
             nn.ReLU(),
-            nn.Conv2d(12, 6, 1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(6, 4),
+            nn.ConvTranspose2d(12, 6, 2),
+            nn.ReLU(),
         )
+        self.left, self.right = nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 3, padding=1)
+        self.head = nn.Linear(5, 4)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.body(images)
+    def forward(self, images: Tensor) -> Tensor:
+        stem = self.body(images)
+        logits: Tensor = self.head((self.left(stem) + self.right(stem).relu()).mean((2, 3)))
         return logits
 
 
-@pytest.mark.parametrize(
-    ("make", "side"),
-    [
-        (small_resnet, 32),
-        (Grouped, 16),
-        (lambda: timm.create_model("mobilevit_xxs", num_classes=4), 64),
-        (lambda: timm.create_model("densenet121", num_classes=4, growth_rate=4, block_config=(2, 2)), 32),
-    ],
-)
-def test_units_are_what_torch_pruning_would_take_with_each(make: Callable[[], nn.Module], side: int) -> None:
-    """The weights of each group of one unit, one slice after the other."""
+MAKERS: list[tuple[Callable[[], nn.Module], int]] = [
+    (small_resnet, 32),
+    (Grouped, 16),
+    (lambda: timm.create_model("mobilevit_xxs", num_classes=4), 64),
+    (lambda: timm.create_model("densenet121", num_classes=4, growth_rate=4, block_config=(2, 2)), 32),
+    (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=4, depth=2, img_size=32), 32),
+]
+
+
+def slow_slopes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[nn.Module, Tensor]:
+    """Of each image's loss, as what a layer reads fades: (images, inputs), image by image."""
+    found: dict[nn.Module, list[Tensor]] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[layer] = arguments[0]
+
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    for image, label in zip(images, labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        read = {layer: values for layer, values in inputs.items() if values.requires_grad}
+        for layer, gradient in zip(read, torch.autograd.grad(loss, list(read.values())), strict=True):
+            product = (read[layer] * gradient).detach().double()
+            channels = product.movedim(-1, 0) if isinstance(layer, nn.Linear) else product.movedim(1, 0)
+            found.setdefault(layer, []).append(channels.flatten(1).sum(1))
+    for hook in hooks:
+        hook.remove()
+    return {layer: torch.stack(rows) for layer, rows in found.items()}
+
+
+@pytest.mark.parametrize(("make", "side"), MAKERS)
+def test_units_are_what_is_read_of_each(make: Callable[[], nn.Module], side: int) -> None:
+    """By all layers from which Torch-Pruning would take an input with it."""
     torch.manual_seed(0)
     model = make().eval()
-    data = image_batches(1, 4, side)
-    example = data[0][0][:1]
-    measurement = measure(model, data, torchattacks.VANILA, epsilon=1.0)
-    found = measurement.sensitivity(prunable_groups(model, example)).units
-    pruner = build_pruner(model, example)
+    images, labels = image_batches(1, 4, side)[0]
+    found = measure(model, [(images, labels)], torchattacks.VANILA).sensitivity(prunable_groups(model, images[:1]))
+    slopes = slow_slopes(model, images, labels)
+    norms = torch.cat(list(slopes.values()), dim=1).norm(dim=1)
     names = {module: name for name, module in model.named_modules()}
+    pruner = build_pruner(model, images[:1])
     for group in rooted_groups(pruner):
         for unit in {0, group.units // 2, group.units - 1}:
-            total = 0.0
+            total = torch.zeros(len(images), dtype=torch.float64)
             for dependency, channels in group.of(pruner, [unit]):
-                layer = dependency.target.module
-                if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    continue
-                square = (layer.weight.detach() * measurement.gradients[f"{names[layer]}.weight"]).double().square()
-                for channel in channels:
-                    if pruner.DG.is_out_channel_pruning_fn(dependency.handler):
-                        total += float(square[channel].sum())
-                    else:
-                        groups = getattr(layer, "groups", 1)
-                        rows = square.reshape(groups, -1, *square.shape[1:])
-                        total += float(rows[channel // square.shape[1], :, channel % square.shape[1]].sum())
-            assert found[names[group.root]][unit] == pytest.approx(math.sqrt(total), rel=1e-4, abs=1e-12)
+                if dependency.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels):
+                    total += slopes[dependency.target.module][:, channels].sum(1)
+            expected = float((total / norms).square().mean().sqrt())
+            assert found.units[names[group.root]][unit] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
-def test_units_follow_the_estimator() -> None:
-    """A layer's part in its units is as large as its own sensitivity says."""
-    model, data = small_cnn().eval(), image_batches(2, 8, 16)
-    groups = prunable_groups(model, data[0][0][:1])
-    one, other = (
-        measure(model, data, torchattacks.VANILA, estimator=estimator) for estimator in ("first_order", "pga")
-    )
-    scaled = replace(one, shares=other.shares).sensitivity(groups)
-    assert other.sensitivity(groups).units == scaled.units
-    assert one.sensitivity(groups).units != scaled.units
+def test_units_do_not_depend_on_the_estimator_or_on_batches() -> None:
+    model, (images, labels) = small_cnn().eval(), image_batches(1, 32, 16)[0]
+    groups = prunable_groups(model, images[:1])
+
+    def units(data: Iterable[tuple[Tensor, Tensor]], **settings: str) -> dict[str, tuple[float, ...]]:
+        return dict(measure(model, data, torchattacks.VANILA, **settings).sensitivity(groups).units)  # type: ignore[arg-type]
+
+    whole = units([(images, labels)])
+    assert units([(images, labels)], estimator="pga") == whole
+    for name, found in units(zip(images.split(5), labels.split(5), strict=True)).items():
+        assert found == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_the_base_named_sensitivity_scores_channels_by_their_units() -> None:
+    model, data = small_resnet().eval(), image_batches(1, 8, 32)
+    importance = MRSImportance(model, data, torchattacks.VANILA, base="sensitivity", alpha=0.0, progress=False)
+    units = importance.sensitivity(data[0][0][:1]).units
+    pruner = build_pruner(model, data[0][0][:1])
+    for group in rooted_groups(pruner):
+        scores = importance(group.raw)
+        assert scores is not None
+        name = next(name for name, module in model.named_modules() if module is group.root)
+        assert scores.tolist() == pytest.approx(units[name], rel=1e-4)

@@ -44,8 +44,8 @@ def allocate(
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
     Each group loses as many units (channels that go together) as have a small sensitivity for what they cost: those
-    with `T_u² / c_u ≤ λ` at α = 1, where T_u is the unit's typical sensitivity (`Sensitivity.units`) and c_u what
-    removing it saves. That is the least Σ T_u² for the budget; squares add up, as of independent changes. For other α
+    with `T_u² / c_u ≤ λ` at α = 1, where T_u is the unit's sensitivity (`Sensitivity.units`) and c_u what removing it
+    saves. That is the least Σ T_u² for the budget; squares add up, as of independent changes. For other α
     it is `q · (T_u² / (q c_u))^α ≤ λ`, q being the fraction of the group's units that are no more sensitive than u, so
     that at α = 0 all groups lose the same fraction. λ is found by bisection; channels lost to rounding go to the groups
     that rounding hurt most. The budget is then counted on a pruned copy of the model. Which channels go is up to the

@@ -134,7 +134,9 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
     group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
     group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
-    group.add_argument("--base", default="magnitude", help=f"picks channels in a group: {', '.join(BASES)} (magnitude)")
+    group.add_argument(
+        "--base", default="sensitivity", help=f"picks channels in a group: {', '.join(BASES)} (sensitivity)"
+    )
     group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from .attacks import AttackLike, build
 from .batches import check_again
-from .errors import InputError, check_choice, check_count, check_number
+from .errors import InputError, check_choice, check_count, check_number, device_of
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
-from .pruning import layers_of, prunable_groups, refresh
+from .pruning import layers_of, prunable_groups, refresh, side_of
 from .sensitivity import Sensitivity
 
-BaseName = Literal["taylor", "magnitude"]
-BASES: dict[str, Callable[[], Any]] = {
-    "taylor": tp.importance.TaylorImportance,
-    "magnitude": tp.importance.MagnitudeImportance,
+BaseName = Literal["sensitivity", "taylor", "magnitude"]
+BASES: dict[str, Callable[[MRSImportance], Any]] = {
+    "sensitivity": lambda importance: importance.sensitivity_of_channels,
+    "taylor": lambda _: tp.importance.TaylorImportance(),
+    "magnitude": lambda _: tp.importance.MagnitudeImportance(),
 }
-
+"""Name → what scores the channels of a group, for the `MRSImportance` that asks."""
 
 _OUT_OF_REACH = 1e6
 """Factor on the scores of channels that are to stay, on top of the highest weight; they keep their order."""
@@ -42,9 +43,10 @@ class MRSImportance(tp.importance.Importance):
         model: the model that the pruner prunes.
         data: re-iterable, of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,), from the training split.
         attack: a torchattacks attack on `model`, or a factory `model -> attack`.
-        base: which channels go within a group: `"taylor"`, on the adversarial loss; `"magnitude"`; or any Torch-Pruning
-            importance. While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that
-            gradient-based ones work as they are; afterwards `.grad` is what it was.
+        base: which channels go within a group: `"sensitivity"`, each channel's own (see
+            `Sensitivity.units`); `"taylor"`, on the adversarial loss; `"magnitude"`; or any Torch-Pruning importance.
+            While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that gradient-based
+            ones work as they are; afterwards `.grad` is what it was.
         alpha: how much the sensitivity counts. 0 gives the base's scores exactly.
         min_keep: fraction of each group's channels, at least one, whose scores are raised above all others (not at
             `alpha=0`). Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
@@ -99,7 +101,7 @@ class MRSImportance(tp.importance.Importance):
         measured_weights(model)
         build(attack, model)
         self.model, self.data, self.attack = model, data, attack
-        self.base = base if callable(base) else BASES[base]()
+        self.base = base if callable(base) else BASES[base](self)
         self.alpha, self.min_keep, self.round_to = alpha, min_keep, round_to
         self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
         self._settings = {**settings, "channels_last": channels_last, "progress": progress}
@@ -129,6 +131,18 @@ class MRSImportance(tp.importance.Importance):
         weighted = scores * weight
         weighted[kept] = (scores[kept] + scores.mean()) * (highest * _OUT_OF_REACH)  # the mean lifts those scored 0
         return weighted
+
+    def sensitivity_of_channels(self, group: Any) -> Tensor:
+        """T_u of each channel of a Torch-Pruning group, see `Sensitivity.units`: (channels of its root,)."""
+        measurement = self.measurement()
+        names = {module: name for name, module in self.model.named_modules()}
+        readers = [
+            (name, item.idxs, item.root_idxs)
+            for item in group
+            if (name := names.get(item.dep.target.module)) in measurement.slopes
+            and side_of(group._DG, item.dep.handler) == "in"
+        ]
+        return torch.tensor(measurement.units(len(group[0].idxs), readers), device=device_of(self.model)).float()
 
     def _kept(self, group: Any, channels: int) -> int:
         """How many of the group's channels are to stay, by the most that it has been seen with."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from .attacks import AttackLike, bind, describe
 from .batches import checked_batches
 from .borrowing import borrowed, seed_all
 from .errors import InputError, check_choice, check_count, check_full_precision, check_number, device_of
-from .estimators import Batch, RobustLoss, first_order, norm, projected_gradient_ascent
+from .estimators import Batch, RobustLoss, first_order, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather, place
 from .pruning import LAYERS, Group, prunable_groups
+from .readers import reading
 from .sensitivity import Sensitivity, combined
 from .uncertainty import Array
 
 Estimator = Literal["first_order", "pga"]
+
+Reader: TypeAlias = tuple[str, Sequence[int], Sequence[int]]
+"""A layer by name, channels that it reads, and the unit that each belongs to."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Measurement:
         sizes: name of each layer → number of weights.
         aliases: name of each layer that shares its weight with an earlier one → that one's name.
         gradients: name of each parameter → the robust loss's gradient.
-        spread: name of each layer that the loss depends on → how its score is spread over its channels, see
-            `channel_parts`.
+        slopes: name of each layer → how fast the loss of each image changes as each of the channels that the layer
+            reads fades, (images, inputs); of an image, all together have the norm 1.
         together: name of each group → the cost of the worst change of all its layers at once; empty if not asked for.
         robust_loss: in nats.
         robust_accuracy: fraction of the images.
@@ -51,7 +55,7 @@ class Measurement:
     sizes: dict[str, int]
     aliases: dict[str, str]
     gradients: dict[str, Tensor]
-    spread: dict[str, tuple[Array, Array]]
+    slopes: dict[str, Array]
     together: dict[str, float]
     robust_loss: float
     robust_accuracy: float
@@ -72,21 +76,28 @@ class Measurement:
             robust_accuracy=self.robust_accuracy,
             blocks=self.blocks,
             shares=self.shares,
-            units={group.name: tuple(self._units(group).tolist()) for group in groups},
+            units={group.name: self._units(group) for group in groups},
             together=self.together,
             settings=self.settings,
         )
 
-    def _units(self, group: Group) -> Array:
-        """The typical sensitivity of each unit of the group, see `Sensitivity.units`."""
-        squares = np.zeros(group.units)
-        first: dict[tuple[str, bool], str] = {}
-        for member in group.members:
-            layer, is_input = self.aliases.get(member.name, member.name), member.side == "in"
-            if layer in self.spread and first.setdefault((layer, is_input), member.name) == member.name:
-                parts = self.spread[layer][is_input][list(member.channels)]
-                np.add.at(squares, list(member.units), max(self.modules[layer], 0.0) ** 2 * parts)
-        return np.sqrt(squares)
+    def units(self, count: int, readers: Iterable[Reader]) -> Array:
+        """The sensitivity of each unit that these layers read, (count,); see `Sensitivity.units`. 1 if none does."""
+        found = [(self.slopes[name][:, list(channels)].T, list(units)) for name, channels, units in readers]
+        if not found:
+            return np.ones(count)
+        together = np.zeros((count, found[0][0].shape[1]))
+        for slopes, units in found:
+            np.add.at(together, units, slopes)
+        return np.sqrt(np.square(together).mean(axis=1))
+
+    def _units(self, group: Group) -> tuple[float, ...]:
+        readers = [
+            (member.name, member.channels, member.units)
+            for member in group.members
+            if member.side == "in" and member.name in self.slopes
+        ]
+        return tuple(self.units(group.units, readers).tolist())
 
     def typical(self, layers: Iterable[str]) -> float:
         """What a random change of these layers, of the size that MRS allows, costs; see `Sensitivity.typical`."""
@@ -204,7 +215,8 @@ def measure(
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         loss = RobustLoss(model, batches, precision=precision)
-        base, shares = first_order(loss, weights, epsilon)
+        with reading(model) as parts:
+            base, shares = first_order(loss, weights, epsilon)
         accuracy = loss.correct / loss.images
         gradients = {
             name: parameter.grad.detach() for name, parameter in model.named_parameters() if parameter.grad is not None
@@ -226,20 +238,27 @@ def measure(
         if estimator == "pga" or groups:
             settings["steps"] = steps
         robust_loss = loss.total(base)
-    modules = dict(model.named_modules())
-    found = gather((loss.sizes.tolist(), {name: share.tolist() for name, share in shares.items()}))
+    own = {name: torch.cat(slopes).cpu().numpy() for name, slopes in parts.items()}
+    found = gather((loss.sizes.tolist(), {name: share.tolist() for name, share in shares.items()}, own))
     return Measurement(
-        shares={name: tuple(share for _, own in found for share in own[name]) for name in weights},
-        blocks=tuple(size for sizes, _ in found for size in sizes),
+        shares={name: tuple(share for _, shares, _ in found for share in shares[name]) for name in weights},
+        blocks=tuple(size for sizes, *_ in found for size in sizes),
         sizes={name: weight.numel() for name, weight in weights.items()},
         aliases=aliases,
         gradients=gradients,
-        spread={name: channel_parts(modules[name], weights[name], slope) for name, slope in slopes.items()},
+        slopes=relative({name: np.concatenate([own[2][name] for own in found]) for name in parts}),
         together=together,
         robust_loss=robust_loss,
         robust_accuracy=accuracy,
         settings=settings,
     )
+
+
+def relative(slopes: Mapping[str, Array]) -> dict[str, Array]:
+    """Divided by the norm of all slopes of each image, so that each image counts alike, however high its loss."""
+    squares = sum(np.square(own, dtype=np.float64).sum(axis=1, keepdims=True) for own in slopes.values())
+    norms = np.sqrt(squares)
+    return {name: np.divide(own, norms, out=np.zeros_like(own), where=norms > 0) for name, own in slopes.items()}
 
 
 def _ascend(
@@ -299,21 +318,6 @@ def _attacked(
     if not batches:
         raise InputError(f"data: no batch for process {number} of {count}; use smaller batches or fewer processes")
     return batches
-
-
-def channel_parts(layer: nn.Module, weight: Tensor, gradient: Tensor) -> tuple[Array, Array]:
-    """How a layer's typical sensitivity is spread over its output and its input channels: (outputs,) and (inputs,).
-
-    Σ (w · ∂R/∂w)² over the weights of each channel, over ‖θ‖² ‖∂R/∂θ‖² of all. They add up to about 1 / weights of the
-    layer if large weights meet large gradients no more often than chance has it.
-    """
-    groups = getattr(layer, "groups", 1)
-    weight, gradient = (each.detach() / (norm(each.detach()) or 1.0) for each in (weight, gradient))
-    parts = (weight * gradient).square()
-    parts = parts.reshape(groups, len(parts) // groups, parts.shape[1], -1).sum(3, dtype=torch.float64)
-    if getattr(layer, "transposed", False):
-        parts = parts.transpose(1, 2)
-    return parts.sum(2).flatten().cpu().numpy(), parts.sum(1).flatten().cpu().numpy()
 
 
 def check_settings(

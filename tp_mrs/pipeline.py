@@ -115,7 +115,7 @@ def mrpf(
     alpha: float = 1.0,
     min_keep: float = 0.1,
     round_to: int | None = None,
-    base: BaseName | Callable[[Any], Tensor | None] = "magnitude",
+    base: BaseName | Callable[[Any], Tensor | None] = "sensitivity",
     epsilon: float = 0.1,
     estimator: Estimator = "first_order",
     steps: int = 5,

@@ -176,7 +176,7 @@ def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, 
     members = tuple(
         Member(
             names[item.dep.target.module],
-            _side(pruner, item.dep.handler),
+            side_of(pruner.DG, item.dep.handler),
             tuple(item.idxs),
             tuple(index % rooted.units for index in item.root_idxs),
         )
@@ -187,8 +187,9 @@ def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, 
     return Group(names[rooted.root], rooted.units, rooted.repeats, members, layers)
 
 
-def _side(pruner: Any, handler: Callable[..., Any]) -> Literal["out", "in", "both"]:
-    is_out, is_in = pruner.DG.is_out_channel_pruning_fn(handler), pruner.DG.is_in_channel_pruning_fn(handler)
+def side_of(graph: Any, handler: Callable[..., Any]) -> Literal["out", "in", "both"]:
+    """Which side of a layer a pruning function of the dependency graph takes channels from."""
+    is_out, is_in = graph.is_out_channel_pruning_fn(handler), graph.is_in_channel_pruning_fn(handler)
     return "both" if is_out and is_in else "out" if is_out else "in"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Score = Literal["modules", "groups", "typical"]
-FORMAT = "tp_mrs.sensitivity/3"
+FORMAT = "tp_mrs.sensitivity/4"
 
 FEWEST_BLOCKS = 8
 """With fewer blocks, nothing is said of uncertainty."""
@@ -42,10 +42,11 @@ class Sensitivity:
         robust_accuracy: fraction of the attacked images classified correctly.
         blocks: number of images in each block that the calibration images were split into.
         shares: name of each layer → each block's share of its sensitivity; they add up to it.
-        units: name of each group → the typical sensitivity T_u of each of its units (channels that go together), in
-            nats: T_u² = Σ MRS_i² · Σ (w ∂R/∂w)² / (‖θ_i‖² ‖∂R/∂θ_i‖²), over the layers i of the group and the weights w
-            of layer i that go with the unit. To first order it is what changing each of the unit's weights by ε of
-            itself, up or down at random, costs as a root mean square. Pruning ratios are set by this.
+        units: name of each group → the sensitivity T_u of each of its units (channels that go together), between 0 and
+            about 1. The slope of an image's loss ℓ as the unit fades is Σ a ∂ℓ/∂a over its values a where layers read
+            them. T_u is its root mean square over the attacked images, the slopes of each image divided by their norm
+            over all that its layers read: each image counts alike, however high its loss. Pruning ratios are set by
+            this, and the channels chosen.
         together: name of each group → the cost of the worst change of all its layers at once, each in its own ball, in
             nats; empty unless it was asked for.
         settings: how it was measured.
