@@ -279,7 +279,7 @@ Scores: TypeAlias = Callable[[Subject], Any]
 """What `allocate` goes by: a `Sensitivity`, or a score for each group."""
 
 
-def allocated(make: Make, scores: Scores, alpha: float = 1.0) -> Prune:
+def allocated(make: Make, scores: Scores, alpha: float = 0.5) -> Prune:
     """Ratios from `allocate`, channels within a group by the importance."""
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
@@ -466,6 +466,7 @@ ABLATIONS: dict[str, Contender] = {
     "without attack: clean sensitivity": Once(allocated(mrs("sensitivity", 0.0, "clean"), clean_sensitivity)),
     "without channels: score of the group": Once(allocated(OWN, whole_group)),
     "without allocation: α = 0": Once(allocated(OWN, sensitivity, alpha=0.0)),
+    "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
 CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **ABLATIONS}

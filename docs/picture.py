@@ -53,11 +53,11 @@ font-size="13" role="img">
 
 
 def ordered(sensitivity: Sensitivity) -> dict[str, Channels]:
-    """The channels of both groups, and how many go if 40% of the MACs are to stay."""
+    """The channels of both groups, and how many go if 40% of the MACs are to stay, at α = 1."""
     arguments = NETWORKS["digits", "resnet18"]["arguments"]
     model = tp_mrs.create_model("resnet18", num_classes=10, in_chans=1, image_size=32, **arguments).eval()
     images = torch.zeros(1, 1, 32, 32)
-    ratios = tp_mrs.allocate(model, images, sensitivity, macs=0.4)
+    ratios = tp_mrs.allocate(model, images, sensitivity, macs=0.4, alpha=1)
     found = {}
     for letter, group in GROUPS.items():
         units, cost = sorted(sensitivity.units[group]), _cost(model, images, group)
@@ -160,7 +160,7 @@ def _plot(groups: Mapping[str, Channels], images: int) -> Iterator[str]:
         yield _text(
             x + PANEL / 2, BOTTOM + 18, "channels, in ascending order", colour="#555555", anchor="middle", size=12
         )
-    what = f"A small ResNet-18 on digits, {images} images; 40% of the multiply-accumulates stay."
+    what = f"A small ResNet-18 on digits, {images} images; 40% of the multiply-accumulates stay, α = 1."
     note = f"{what} Its other groups are not shown; they take their part."
     yield _text(18, HEIGHT - 16, note, colour="#555555", size=12)
 

@@ -183,7 +183,7 @@ def test_groups_lose_the_units_that_hardly_matter() -> None:
     """With half of the units of each group ten thousand times as sensitive, and alike otherwise, the others go."""
     model, example, sensitivity = subject("vgg11_bn")
     units = {name: tuple(1.0 if k % 2 else 1e-4 for k in range(len(own))) for name, own in sensitivity.units.items()}
-    ratios = allocate(model, example, replace(sensitivity, units=units), macs=0.26)
+    ratios = allocate(model, example, replace(sensitivity, units=units), macs=0.26, alpha=1)
     assert max(ratios.values()) == pytest.approx(0.5, abs=0.01)
 
 

@@ -37,19 +37,18 @@ def allocate(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
-    alpha: float = 1.0,
+    alpha: float = 0.5,
     min_keep: float = 0.1,
     round_to: int | None = None,
 ) -> dict[nn.Module, float]:
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
     Each group loses as many units (channels that go together) as have a small sensitivity for what they cost: those
-    with `T_u² / c_u ≤ λ` at α = 1, where T_u is the unit's sensitivity (`Sensitivity.units`) and c_u what removing it
-    saves. That is the least Σ T_u² for the budget; squares add up, as of independent changes. For other α
-    it is `q · (T_u² / (q c_u))^α ≤ λ`, q being the fraction of the group's units that are no more sensitive than u, so
-    that at α = 0 all groups lose the same fraction. λ is found by bisection; channels lost to rounding go to the groups
-    that rounding hurt most. The budget is then counted on a pruned copy of the model. Which channels go is up to the
-    importance that you prune with.
+    with `q · (T_u² / (q c_u))^α ≤ λ`, where T_u is the unit's sensitivity (`Sensitivity.units`), c_u what removing it
+    saves, and q the fraction of the group's units that are no more sensitive than u. At α = 1 this is `T_u² / c_u ≤ λ`,
+    the least Σ T_u² for the budget; at α = 0 all groups lose the same fraction. λ is found by bisection; channels lost
+    to rounding go to the groups that rounding hurt most. The budget is then counted on a pruned copy of the model.
+    Which channels go is up to the importance that you prune with.
 
     Args:
         model: the model that `sensitivity` was measured on; stays as it is.
@@ -58,7 +57,8 @@ def allocate(
             Units then count as if they rose evenly to it: group g loses the fraction `λ · (c_g / T_g)^α`.
         macs, params, channels: the budget, as a fraction of the model's multiply-accumulates, parameters, or prunable
             channels; give exactly one, in (0, 1].
-        alpha: how much cost and sensitivity count. 0 prunes all groups alike.
+        alpha: how much cost and sensitivity count. 0 prunes all groups alike; 1 trusts sensitivities, those of the
+            dense model, wholly.
         min_keep: least fraction of its channels that a group keeps, in (0, 1]; at least one channel stays anyway.
         round_to: keep multiples of so many channels (or all of a group's).
 

@@ -133,7 +133,7 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
     group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
     group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
-    group.add_argument("--alpha", type=float, default=1.0, help="how much sensitivity counts (1); 0: not at all")
+    group.add_argument("--alpha", type=float, default=0.5, help="how much sensitivity counts (0.5); 0: not at all")
     group.add_argument(
         "--base", default="sensitivity", help=f"picks channels in a group: {', '.join(BASES)} (sensitivity)"
     )

@@ -112,7 +112,7 @@ def mrpf(
     params: float | None = None,
     channels: float | None = None,
     rounds: int = 1,
-    alpha: float = 1.0,
+    alpha: float = 0.5,
     min_keep: float = 0.1,
     round_to: int | None = None,
     base: BaseName | Callable[[Any], Tensor | None] = "sensitivity",
