@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchattacks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -99,12 +100,19 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 0.5, "base": "l7"}, "base"),
         ({"macs": 0.5, "attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
         ({"macs": 0.001}, "macs=0.001: can't be met"),
+        ({"macs": 0.5, "objective": F.cross_entropy}, "objective: expected a function"),
+        ({"macs": 0.5, "objective": lambda model, images, labels, attack: model(images)}, "objective: expected it to"),
+        ({"macs": 0.5, "train_attack": "apgdt-1"}, "attack: this APGDT was made for 10 classes, but the model has 4"),
+        ({"macs": 0.5, "train_data": [(EXAMPLE + 1, torch.tensor([0]))]}, "train_data: images: expected values in"),
+        ({"macs": 0.5, "train_data": [(EXAMPLE, torch.tensor([4]))]}, "train_data: labels: expected classes 0 to 3"),
+        ({"macs": 0.5, "train_data": [EXAMPLE]}, "train_data: expected batches of"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, batches: Batches) -> None:
     model = small_cnn()
+    defaults = {"attack": torchattacks.FGSM, "train_data": batches, "calibration_data": batches}
     with unchanged(model), pytest.raises(InputError, match=message):
-        mrpf(model, EXAMPLE, batches, **{"attack": torchattacks.FGSM, **arguments})
+        mrpf(model, EXAMPLE, **{**defaults, **arguments})
 
 
 class StopError(Exception):
