@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_the_folder_of_another_job(batches: Batches, tmp_path: Path) -> None:
     (tmp_path / "job" / "job.safetensors").unlink()
     with unchanged(again), pytest.raises(InputError, match=r"checkpoint: .* holds other files"):
         mrpf(again, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **arguments)
+
+
+def test_the_folder_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Round:
+        reached: float
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr("tp_mrs.pipeline.Round", Round)
+        with pytest.raises(StopError):
+            prune(tmp_path / "job", monkeypatch, stop=3)
+    message = r"another run: what Round holds is \['reached'\] there, .*; choose another path, or delete it"
+    with pytest.raises(InputError, match=f"checkpoint: .*{message}"):
+        prune(tmp_path / "job", monkeypatch)
 
 
 def test_a_bad_batch_loses_no_work(batches: Batches, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def mrpf(
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
     job = plainly({**decisive, **measuring, **data, "attacks": attacks, "train_attack": train_attack, **settings})
-    stages = Stages(checkpoint, model, job, data.values())
+    stages = Stages(checkpoint, model, job, data.values(), keeps=(Round, Sensitivity, Evaluation))
 
     def prepare() -> dict[str, Any]:
         return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
