@@ -178,6 +178,7 @@ class ThroughNumPy(torchattacks.FGSM):
         ({"clip_norm": 0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate: expected an integer >= 1"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+        ({"attack": lambda model: torchattacks.PGD(model, eps="8/255")}, "attack: this PGD's eps: expected a number"),
         ({"attack": lambda model: torchattacks.PGD(model, eps=8)}, "attack: this PGD's eps: expected .*mean 8/255"),
         (
             {"attack": ThroughNumPy, "precision": "bf16"},

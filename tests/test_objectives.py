@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchattacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -370,6 +371,15 @@ def test_functions_that_take_other_things(objective: Any, batches: Batches) -> N
     for each in (objective, awp(objective)):
         with unchanged(model), pytest.raises(InputError, match=f"objective: {form}.* cannot be called like that"):
             finetune(model, batches, objective=each)
+
+
+def test_an_attack_that_fails_is_not_the_objective(batches: Batches) -> None:
+    class Broken(torchattacks.FGSM):
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            raise TypeError("broken")
+
+    with pytest.raises(TypeError, match=r"^broken$"):
+        finetune(small_cnn(), batches, attack=Broken)
 
 
 def test_an_objective_that_does_not_tell_its_arguments(batches: Batches) -> None:

@@ -238,9 +238,20 @@ def check_loss(loss: object) -> Tensor:
 
 def try_out(objective: Objective, model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> None:
     """Raise `InputError` unless the function works as an objective on these images."""
+    attacked: list[Exception] = []
+
+    def watched(images: Tensor, labels: Tensor) -> Tensor:
+        try:
+            return attack(images, labels)
+        except Exception as error:
+            attacked.append(error)
+            raise
+
     try:
-        check_loss(objective(model, images, labels, attack))
+        check_loss(objective(model, images, labels, watched))
     except (TypeError, AttributeError) as error:
+        if error in attacked:
+            raise
         raise InputError(
             f"objective: expected {_FORM}, such as lambda model, images, labels, attack: torch.nn.functional."
             f"cross_entropy(model(attack(images, labels)), labels); {_called(objective)} cannot be called like that "
