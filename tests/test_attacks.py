@@ -169,6 +169,13 @@ def test_a_model_without_gradients() -> None:
         bind(torchattacks.FGSM, model)(images, labels)
 
 
+@pytest.mark.parametrize("name", ["cw-2", "apgd-2", "square-2", "deepfool-2"])
+def test_attacks_that_take_no_probabilities(name: str) -> None:
+    model, images = small_cnn(), torch.rand(2, 3, 16, 16)
+    with unchanged(model), pytest.raises(InputError, match=r"attack: .* takes no probabilities for labels.*'pgd-7'"):
+        bind(named_attack(name, eps=0.1), model)(images, torch.full((2, 4), 0.25))
+
+
 @pytest.mark.parametrize("name", ["none", "fgsm", "pgd-3", "ffgsm", "tpgd-2", "mifgsm-2", "apgd-2"])
 def test_perturbations_stay_in_the_ball_and_leave_no_trace(name: str) -> None:
     model, images = small_cnn(), torch.rand(4, 3, 16, 16)

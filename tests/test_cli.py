@@ -460,3 +460,50 @@ def test_a_job_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     first, second = (content_of(tmp_path / name / "model.safetensors") for name in ("undisturbed", "stopped"))
     assert first == second
     assert not (out / "checkpoint").exists()
+
+
+def test_fine_tuning_that_was_stopped_goes_on(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command = ["finetune", *TUNE, "--checkpoint", saved, "--json", "--out"]
+    assert run(*command, str(tmp_path / "undisturbed")) == 0
+    expected = json.loads(capsys.readouterr().out)
+    calls: list[str] = []
+
+    def stops(kind: str, at: int, function: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            calls.append(kind)
+            if calls.count(kind) == at:
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return counted
+
+    monkeypatch.setattr(cli, "finetune", stops("training", 1, cli.finetune))
+    monkeypatch.setattr(cli, "evaluate", stops("evaluation", 2, cli.evaluate))
+    out = tmp_path / "stopped"
+    assert run(*command, str(out)) == 130  # about to train
+    assert run(*command, str(out)) == 130  # about to evaluate what was trained
+    trained = (out / "checkpoint" / "training.safetensors").read_bytes()
+    for other in (["--objective", "trades"], ["--train-attack", "pgd-1"], ["--test-images", "30"]):
+        assert run(*command, str(out), *other) == 2
+        assert f"tp-mrs: out: {out / 'checkpoint'}" in (error := capsys.readouterr().err)
+        assert "is of another run" in error
+    assert (out / "checkpoint" / "training.safetensors").read_bytes() == trained
+    assert run(*command, str(out)) == 0
+    assert calls == [
+        "evaluation",
+        "training",
+        "training",
+        "evaluation",
+        "training",
+        "training",
+        "training",
+        "evaluation",
+    ]
+    found = json.loads(capsys.readouterr().out)
+    for record in (expected, found):
+        for each in (record["before"], record["after"]):
+            del each["latency_ms"]
+    assert (found["before"], found["after"]) == (expected["before"], expected["after"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(cli.FINETUNED)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.conftest import Batches, Bright, image_batches, small_cnn, unchanged
 from tp_mrs import DivergenceError, InputError, evaluate, finetune
 from tp_mrs.epochlog import EpochLog
+from tp_mrs.finetuning import check_training
 from tp_mrs.objectives import OBJECTIVES, standard
 from tp_mrs.training import Epoch
 
@@ -177,6 +178,7 @@ class ThroughNumPy(torchattacks.FGSM):
         ({"clip_norm": 0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate: expected an integer >= 1"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
+        ({"attack": lambda model: torchattacks.PGD(model, eps="8/255")}, "attack: this PGD's eps: expected a number"),
         ({"attack": lambda model: torchattacks.PGD(model, eps=8)}, "attack: this PGD's eps: expected .*mean 8/255"),
         (
             {"attack": ThroughNumPy, "precision": "bf16"},
@@ -205,9 +207,23 @@ class ThroughNumPy(torchattacks.FGSM):
 def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, batches: Batches) -> None:
     model = small_cnn()
     data = arguments.pop("train_data", batches)
-    statistics = isinstance(arguments.get("objective"), str) or "objective" not in arguments
-    with unchanged(model, weights=statistics), pytest.raises(InputError, match=message):
+    with unchanged(model), pytest.raises(InputError, match=message):
         finetune(model, data, **arguments)
+
+
+def test_trying_the_objective_leaves_no_trace(batches: Batches) -> None:
+    model, data = small_cnn(), DataLoader(TensorDataset(*batches[0]), 4, shuffle=True, generator=torch.Generator())
+    tried: list[Any] = []
+
+    def watched(model: nn.Module, images: Tensor, labels: Tensor, attack: Any) -> Tensor:
+        tried.append((model.training, len(images), torch.is_autocast_enabled("cpu")))
+        return F.cross_entropy(model(attack(images, labels)), labels)
+
+    state = data.generator.get_state()
+    with unchanged(model):
+        check_training(model, data, objective=watched, precision="bf16")
+    assert tried == [(True, 2, True)]
+    assert torch.equal(data.generator.get_state(), state)
 
 
 def test_a_frozen_model(batches: Batches) -> None:
@@ -275,8 +291,8 @@ def test_the_accuracy_after_each_epoch_is_that_of_evaluate() -> None:
 
 
 def spoiling(rates: list[float]) -> Any:
-    """An objective that moves the weight of `Slope` by these rates, one an update."""
-    calls = iter(rates)
+    """An objective that moves the weight of `Slope` by these rates, one an update; the first call is to try it."""
+    calls = iter([0.0, *rates])
     return lambda model, images, labels, attack: -next(calls) * model.weight
 
 

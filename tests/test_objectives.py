@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchattacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -317,7 +318,7 @@ def test_a_teacher_that_does_not_fit(distil: Any, batches: Batches) -> None:
         "it is the model to train": model,
         "or shares its weights": nn.Sequential(nn.Identity(), model),
         "on meta, but the model is on cpu": copy.deepcopy(model).to("meta"),
-        r"expected outputs of the model's shape \(6, 4\).*got \(6, 7\)": small_cnn().append(nn.Linear(4, 7)),  # type: ignore[operator]
+        r"expected outputs of the model's shape \(2, 4\).*got \(2, 7\)": small_cnn().append(nn.Linear(4, 7)),  # type: ignore[operator]
     }
     for message, teacher in teachers.items():
         with pytest.raises(InputError, match=f"teacher: .*{message}"):
@@ -342,7 +343,8 @@ class Loss(nn.Module):
         (lambda model, images: None, r"got <lambda>\(model, images\) \(too many positional arguments\)"),
         (lambda a, b, c, d, e: None, r"got <lambda>\(a, b, c, d, e\) \(missing a required argument: 'e'\)"),
         (lambda a, b, c, d, *, weight: None, "missing a required .*argument: 'weight'"),
-        (Loss(), r"got Loss\(\)\(logits: "),
+        (Loss(), r"got Loss\(logits: "),
+        (Loss, "got the class Loss"),
     ],
 )
 def test_functions_that_take_other_arguments(objective: Any, message: str, batches: Batches) -> None:
@@ -351,6 +353,33 @@ def test_functions_that_take_other_arguments(objective: Any, message: str, batch
         finetune(model, batches, objective=objective)
     with pytest.raises(InputError, match=message):
         awp(objective)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        F.cross_entropy,
+        F.mse_loss,
+        torch.relu,
+        max,
+        lambda *given: F.cross_entropy(*given[:2]),
+        lambda images, labels, model, attack: F.cross_entropy(model(images), labels),
+    ],
+)
+def test_functions_that_take_other_things(objective: Any, batches: Batches) -> None:
+    model, form = small_cnn(), "expected a function .model, images, labels, attack. -> loss, such as lambda"
+    for each in (objective, awp(objective)):
+        with unchanged(model), pytest.raises(InputError, match=f"objective: {form}.* cannot be called like that"):
+            finetune(model, batches, objective=each)
+
+
+def test_an_attack_that_fails_is_not_the_objective(batches: Batches) -> None:
+    class Broken(torchattacks.FGSM):
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            raise TypeError("broken")
+
+    with pytest.raises(TypeError, match=r"^broken$"):
+        finetune(small_cnn(), batches, attack=Broken)
 
 
 def test_an_objective_that_does_not_tell_its_arguments(batches: Batches) -> None:

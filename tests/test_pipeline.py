@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchattacks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -99,12 +101,19 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 0.5, "base": "l7"}, "base"),
         ({"macs": 0.5, "attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
         ({"macs": 0.001}, "macs=0.001: can't be met"),
+        ({"macs": 0.5, "objective": F.cross_entropy}, "objective: expected a function"),
+        ({"macs": 0.5, "objective": lambda model, images, labels, attack: model(images)}, "objective: expected it to"),
+        ({"macs": 0.5, "train_attack": "apgdt-1"}, "attack: this APGDT was made for 10 classes, but the model has 4"),
+        ({"macs": 0.5, "train_data": [(EXAMPLE + 1, torch.tensor([0]))]}, "train_data: images: expected values in"),
+        ({"macs": 0.5, "train_data": [(EXAMPLE, torch.tensor([4]))]}, "train_data: labels: expected classes 0 to 3"),
+        ({"macs": 0.5, "train_data": [EXAMPLE]}, "train_data: expected batches of"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, batches: Batches) -> None:
     model = small_cnn()
+    defaults = {"attack": torchattacks.FGSM, "train_data": batches, "calibration_data": batches}
     with unchanged(model), pytest.raises(InputError, match=message):
-        mrpf(model, EXAMPLE, batches, **{"attack": torchattacks.FGSM, **arguments})
+        mrpf(model, EXAMPLE, **{**defaults, **arguments})
 
 
 class StopError(Exception):
@@ -183,6 +192,20 @@ def test_the_folder_of_another_job(batches: Batches, tmp_path: Path) -> None:
     (tmp_path / "job" / "job.safetensors").unlink()
     with unchanged(again), pytest.raises(InputError, match=r"checkpoint: .* holds other files"):
         mrpf(again, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, **arguments)
+
+
+def test_the_folder_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Round:
+        reached: float
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr("tp_mrs.pipeline.Round", Round)
+        with pytest.raises(StopError):
+            prune(tmp_path / "job", monkeypatch, stop=3)
+    message = r"another run: what Round holds is \['reached'\] there, .*; choose another path, or delete it"
+    with pytest.raises(InputError, match=f"checkpoint: .*{message}"):
+        prune(tmp_path / "job", monkeypatch)
 
 
 def test_a_bad_batch_loses_no_work(batches: Batches, tmp_path: Path) -> None:

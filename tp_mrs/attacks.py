@@ -67,24 +67,31 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
         try:
             with lent(model), torch.enable_grad():
                 adversarial = built(images, labels).detach()
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
+        except (RuntimeError, TypeError, IndexError) as error:
+            reason = _reason(built, labels, str(error))
+            if reason is None:
                 raise
-            raise InputError(
-                f"model: its outputs have no gradient with respect to the images, which {_name(built)} needs; "
-                "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
-            ) from error
-        except TypeError as error:
-            if "BFloat16" not in str(error):
-                raise
-            raise InputError(
-                f"precision: {_name(built)} cannot work in bfloat16; take precision='fp32', or another attack"
-            ) from error
+            raise InputError(reason) from error
         if not bool(torch.isfinite(adversarial).all()):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity{culprit(model, images)}")
         return adversarial
 
     return perturb
+
+
+def _reason(attack: Attack, labels: Tensor, error: str) -> str | None:
+    """What to say of an error of an attack's, if it is known where that comes from."""
+    name = _name(attack)
+    if "does not require grad" in error:
+        return (
+            f"model: its outputs have no gradient with respect to the images, which {name} needs; "
+            "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
+        )
+    if "BFloat16" in error:
+        return f"precision: {name} cannot work in bfloat16; take precision='fp32', or another attack"
+    if labels.is_floating_point():
+        return f"attack: {name} takes no probabilities for labels, which rslad gives it; take 'pgd-7', or 'ffgsm'"
+    return None
 
 
 def build(attack: AttackLike, model: nn.Module) -> Attack:
@@ -123,6 +130,8 @@ def build(attack: AttackLike, model: nn.Module) -> Attack:
 def _size(attack: Any) -> tuple[str, float | None]:
     """The norm of what is added to an image, L∞ unless an attack says otherwise, and its bound if there is one."""
     eps = getattr(attack, "eps", None)
+    if isinstance(eps, str):
+        raise InputError(f"attack: this {_name(attack)}'s eps: expected a number, such as 8 / 255, got {eps!r}")
     norm = "L2" if attack.attack in _BOUNDED_L2 else getattr(attack, "norm", "Linf")
     return norm, eps if isinstance(eps, int | float) else None
 

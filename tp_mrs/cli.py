@@ -37,6 +37,7 @@ from .plotting import plot_training, to_svg
 from .preview import preview
 from .processes import place
 from .sensitivity import Sensitivity
+from .stages import Stages, plainly
 from .storage import load, save
 
 PICTURES = tuple(f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg"))
@@ -109,29 +110,30 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
     out = job.output_folder(*PRUNED)
     model = job.model()
     dense = _curve(job, model)
-    report = mrpf(
-        model,
-        job.example_inputs,
-        job.train_loader(),
-        job.attack,
-        **{name: getattr(arguments, name) for name in BUDGETS},
-        rounds=arguments.rounds,
-        alpha=arguments.alpha,
-        min_keep=arguments.min_keep,
-        round_to=arguments.round_to,
-        base=arguments.base,
-        estimator=arguments.estimator,
-        calibration_data=job.calibration_loader(),
-        test_data=job.test_loader(),
-        attacks=arguments.attacks,
-        epochs=arguments.epochs,
-        eps=job.eps,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-        train_attack=arguments.train_attack,
-        checkpoint=out / "checkpoint",
-        **job.training(),
-    )
+    with naming("out", "checkpoint"):
+        report = mrpf(
+            model,
+            job.example_inputs,
+            job.train_loader(),
+            job.attack,
+            **{name: getattr(arguments, name) for name in BUDGETS},
+            rounds=arguments.rounds,
+            alpha=arguments.alpha,
+            min_keep=arguments.min_keep,
+            round_to=arguments.round_to,
+            base=arguments.base,
+            estimator=arguments.estimator,
+            calibration_data=job.calibration_loader(),
+            test_data=job.test_loader(),
+            attacks=arguments.attacks,
+            epochs=arguments.epochs,
+            eps=job.eps,
+            seed=arguments.seed,
+            progress=not arguments.quiet,
+            train_attack=arguments.train_attack,
+            checkpoint=out / "checkpoint",
+            **job.training(),
+        )
     if dense:
         before, *_, (name, after) = report.stages.items()
         report = replace(report, curves={"dense": [*dense, before[1]], name: [*_curve(job, model), after]})
@@ -226,12 +228,14 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
             "with --model NAME a state dict of any timm model"
         )
     job = Job(arguments, device)
-    out = job.output_folder(*FINETUNED, "training.safetensors")
+    out = job.output_folder(*FINETUNED)
     model, data, training = job.model(), job.train_loader(), job.finetuning()
     check_training(model, data, **training)
-    before = _assessed(job, model)
-    checkpoint = out / "training.safetensors"
-    finetuning = finetune(model, data, **training, checkpoint=checkpoint, log=out / "log.jsonl")
+    testing = plainly({"eps": job.eps, "seed": arguments.seed, "attacks": arguments.attacks, "data": job.test_loader()})
+    with naming("out", "checkpoint"):
+        stages = Stages(out / "checkpoint", model, testing, (), keeps=(Evaluation,))
+        before = Evaluation.from_dict(stages.do("before", lambda: _assessed(job, model).to_dict()))
+        finetuning = finetune(model, data, **training, checkpoint=stages.file("training"), log=out / "log.jsonl")
     after = _assessed(job, model)
     record = {
         "format": "tp_mrs.finetuning/1",
@@ -246,7 +250,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
         write_json(out / "finetuning.json", record)
         save_figure(plot_training({"fine-tuning": finetuning.history}), out / "training")
         write_config(out / "run.yaml", arguments)
-        checkpoint.unlink()
+        shutil.rmtree(out / "checkpoint")
     if not arguments.json:
         print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
         print_change(before, after)

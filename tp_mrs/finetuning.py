@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .attacks import AttackLike, Perturb, bind, describe, named_attack, parse_eps
-from .batches import extent
-from .borrowing import preserved_flags, preserved_rng
+from .batches import checked_batches, extent
+from .borrowing import borrowed, preserved_flags, preserved_rng
 from .checkpoints import Checkpoint
 from .epochlog import EpochLog
 from .errors import (
@@ -28,12 +28,13 @@ from .errors import (
     check_number,
     check_path,
     device_of,
+    naming,
 )
-from .numerics import Precision, check_precision, in_channels_last
-from .objectives import Objective, Recipe, name_of, resolve
+from .numerics import Precision, autocast, check_precision, in_channels_last
+from .objectives import Objective, Recipe, name_of, resolve, try_out
 from .passes import Passes, epoch_length
-from .processes import join, place
-from .randomness import generators, set_generator_states
+from .processes import failing_together, join, place
+from .randomness import generators, preserved_generators, set_generator_states
 from .storage import put_tensors
 from .training import Epoch, Training, epochs_of, moving_average
 from .updates import Update, make_optimizer, make_scheduler, training_mode, unmarked
@@ -107,7 +108,7 @@ def finetune(
     generators of Python, NumPy and torch and those of the `DataLoader`. The batches of the current epoch that have been
     seen are read again and dropped. This holds with workers, too, unless they are persistent: then the order of the
     images is the same, but not what the workers draw at random. Objectives that are functions are told apart by their
-    names alone, and should keep no state.
+    names alone, and should keep no state; each is tried on two images before training begins.
 
     Under `torchrun`, an epoch is one pass over the data by all processes together: each takes its part of the batches,
     so that N of them have N batches in each update. If N doesn't divide their number, the first batches come again to
@@ -162,7 +163,9 @@ def finetune(
     plan = _Plan.of(model, train_data, given)
     file = None if checkpoint is None else Checkpoint.of(checkpoint, model, plan.circumstances(model) | plan.settings)
     saved = None if file is None else file.read()
-    if saved is not None and saved["complete"]:
+    if saved is None:
+        plan.rehearse(model)
+    elif saved["complete"]:
         put_tensors(model, saved["model"])
         set_generator_states(generators(train_data, validation_data), saved["generators"])
         plan.journal.update(saved["history"])
@@ -236,7 +239,7 @@ def check_training(model: nn.Module, train_data: Iterable[Any], **training: Any)
     call.apply_defaults()
     given = call.arguments
     join()
-    _Plan.of(model, train_data, dict(given))
+    _Plan.of(model, train_data, dict(given)).rehearse(model)
 
 
 @dataclass(frozen=True)
@@ -282,6 +285,20 @@ class _Plan:
             **{f"{what} of {name}": value for name, data in parts.items() for what, value in extent(data).items()},
             "the number of trainable tensors": sum(parameter.requires_grad for parameter in model.parameters()),
         }
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Try the objective on two images of the first batch; all is as before afterwards.
+
+        Raises:
+            InputError: the batch is unusable, the function is no objective, or its attack can't work on this model.
+        """
+        with borrowed(model), preserved_generators(self.data):
+            with failing_together(), naming("train_data"):
+                batches = checked_batches(model, self.data, max_batches=1, description="", progress=False)
+                images, labels = next(batches)
+            training_mode(model)
+            with autocast(images.device, self.given["precision"]):
+                try_out(self.recipe.objective, model, images[:2], labels[:2], self.perturb)
 
     def training(self, model: nn.Module) -> Training:
         """The run, about to begin; `model` is in training mode."""

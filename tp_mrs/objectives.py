@@ -32,6 +32,8 @@ from .storage import checksum
 
 Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Perturb], Tensor]
 
+_FORM = "a function (model, images, labels, attack) -> loss"
+
 
 def standard(model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> Tensor:
     """Cross-entropy on the images as they are: no adversarial training."""
@@ -210,8 +212,8 @@ def resolve(objective: str | Objective) -> Recipe:
     name = str(objective).removesuffix("-awp")
     if name not in OBJECTIVES:
         raise InputError(
-            f"objective: expected one of {', '.join(OBJECTIVES)}, one of these with -awp (such as trades-awp), or a "
-            f"function (model, images, labels, attack) -> loss, got {objective!r}"
+            f"objective: expected one of {', '.join(OBJECTIVES)}, one of these with -awp (such as trades-awp), or "
+            f"{_FORM}, got {objective!r}"
         )
     recipe = OBJECTIVES[name]
     return recipe if name == objective else recipe._replace(objective=awp(recipe.objective))
@@ -234,8 +236,33 @@ def check_loss(loss: object) -> Tensor:
     )
 
 
+def try_out(objective: Objective, model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> None:
+    """Raise `InputError` unless the function works as an objective on these images."""
+    attacked: list[Exception] = []
+
+    def watched(images: Tensor, labels: Tensor) -> Tensor:
+        try:
+            return attack(images, labels)
+        except Exception as error:
+            attacked.append(error)
+            raise
+
+    try:
+        check_loss(objective(model, images, labels, watched))
+    except (TypeError, AttributeError) as error:
+        if error in attacked:
+            raise
+        raise InputError(
+            f"objective: expected {_FORM}, such as lambda model, images, labels, attack: torch.nn.functional."
+            f"cross_entropy(model(attack(images, labels)), labels); {_called(objective)} cannot be called like that "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def _check_signature(objective: Objective) -> None:
     """Raise `InputError` if the objective cannot be called as one is; built-in functions may not tell."""
+    if isinstance(objective, type):
+        raise InputError(f"objective: expected {_FORM}, got the class {objective.__name__}")
     function = objective.forward if isinstance(objective, nn.Module) else objective
     try:
         signature = inspect.signature(function)
@@ -244,10 +271,12 @@ def _check_signature(objective: Objective) -> None:
     try:
         signature.bind("model", "images", "labels", "attack")
     except TypeError as error:
-        raise InputError(
-            "objective: expected a function (model, images, labels, attack) -> loss, got "
-            f"{name_of(objective)}{signature} ({error})"
-        ) from error
+        raise InputError(f"objective: expected {_FORM}, got {_called(objective)}{signature} ({error})") from error
+
+
+def _called(objective: Objective) -> str:
+    """Its name, or its type's."""
+    return str(getattr(objective, "__name__", type(objective).__name__))
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

@@ -166,8 +166,9 @@ def mrpf(
 
     Raises:
         InputError: an argument or a batch is unusable, or the budget can't be met; or `checkpoint` is damaged or of
-            another run. Where an argument is unusable, nothing was changed. Where a batch is, the model may have been
-            pruned already: with `checkpoint`, mend the data and start again from the dense model; no work is lost.
+            another run. Where an argument is unusable, or the first batch, nothing was changed. Where a later batch is,
+            the model may have been pruned already: with `checkpoint`, mend the data and start again from the dense
+            model; no work is lost.
         DivergenceError: a loss is not finite.
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
@@ -215,7 +216,7 @@ def mrpf(
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
     job = plainly({**decisive, **measuring, **data, "attacks": attacks, "train_attack": train_attack, **settings})
-    stages = Stages(checkpoint, model, job, data.values())
+    stages = Stages(checkpoint, model, job, data.values(), keeps=(Round, Sensitivity, Evaluation))
 
     def prepare() -> dict[str, Any]:
         return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,3 +61,14 @@ def set_generator_states(found: Iterable[torch.Generator], states: Iterable[Tens
     """Let each generator go on from its state."""
     for generator, state in zip(found, states, strict=True):
         generator.set_state(state.clone())
+
+
+@contextmanager
+def preserved_generators(*sources: Iterable[Any] | None) -> Iterator[None]:
+    """Keep the states of the generators that `DataLoader`s draw from."""
+    found = generators(*sources)
+    states = generator_states(found)
+    try:
+        yield
+    finally:
+        set_generator_states(found, states)

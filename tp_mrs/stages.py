@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,20 @@ class Stages:
         model: as the job finds it; each stage may change its weights and make it smaller.
         settings: of the job, JSON to be.
         data: whose random generators the stages draw from.
+        keeps: dataclasses that stages' results are made of; where they had other fields, it is another job.
 
     Raises:
         InputError: the folder cannot be written, or holds another job's stages; nothing was changed.
     """
 
     def __init__(
-        self, folder: str | Path | None, model: nn.Module, settings: Mapping[str, Any], data: Iterable[Any]
+        self,
+        folder: str | Path | None,
+        model: nn.Module,
+        settings: Mapping[str, Any],
+        data: Iterable[Any],
+        *,
+        keeps: Iterable[type[Any]],
     ) -> None:
         self.folder = None if folder is None else check_path("checkpoint", folder)
         self.model, self.generators = model, generators(*data)
@@ -40,7 +48,8 @@ class Stages:
             return
         if self.folder.is_file():
             raise InputError(f"checkpoint: {self.folder} is a file, expected a folder")
-        job = Checkpoint.of(self.folder / "job.safetensors", model, settings)
+        kept = {f"what {kind.__name__} holds": [each.name for each in fields(kind)] for kind in keeps}
+        job = Checkpoint.of(self.folder / "job.safetensors", model, {**settings, **kept})
         if job.read() is None:
             if gather(any(not path.name.startswith(".") for path in self.folder.iterdir()))[0]:
                 raise InputError(
