@@ -56,6 +56,8 @@ def test_prune_writes_a_model_a_report_and_a_plot(tmp_path: Path, capsys: Captur
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "sensitivity.svg").read_text()
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
         "model.safetensors",
         "report.html",
         "report.json",
@@ -150,6 +152,8 @@ def test_finetune_writes_the_model_and_a_record(saved: str, tmp_path: Path, caps
     for word in ("before", "after", "clean", "fgsm", "Change", "model.safetensors", "finetuning.json"):
         assert word in screen
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
         "finetuning.json",
         "log.jsonl",
         "model.safetensors",
@@ -215,6 +219,7 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
         (["--checkpoint", "SAVED", "--validation-images", "1297"], "validation_images: expected fewer than the 1297"),
         (["--checkpoint", "SAVED", "--workers", "-1"], "workers: expected an integer >= 0"),
         (["--checkpoint", "OUT/model.safetensors"], "out: the results would replace the checkpoint"),
+        (["--checkpoint", "OUT"], "checkpoint: cannot read"),
     ],
 )
 def test_finetune_refuses_before_it_trains(

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .allocation import allocate
+from .card import save
 from .coupling import CouplingReport, check_coupling
 from .errors import DivergenceError, InputError
 from .evaluation import Evaluation, evaluate
@@ -14,7 +15,7 @@ from .pipeline import Report, mrpf
 from .pruning import pruner_kwargs, refresh
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
-from .storage import load, save
+from .storage import load
 
 __all__ = [
     "CouplingReport",

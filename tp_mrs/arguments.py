@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ._version import __version__
@@ -64,6 +64,8 @@ def fill_in(arguments: argparse.Namespace) -> None:
     preset = PRESETS.get(arguments.data, Preset())
     if arguments.model is not None and arguments.model_kwargs is None:
         arguments.model_kwargs = {}
+    if arguments.pretrained:  # weights are for timm's own sizes, and come in place of training
+        preset = replace(preset, model_kwargs={}, dense_epochs=None)
     for option in fields(preset):
         if option.name in arguments and getattr(arguments, option.name) is None:
             setattr(arguments, option.name, getattr(preset, option.name))
@@ -162,13 +164,14 @@ def _finetuning() -> argparse.ArgumentParser:
 def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
     """With `dense`, for commands that can train a model to start from."""
     parent, group = _group("model and data")
-    group.add_argument("--model", help="timm architecture (resnet18; digits: a narrow resnet10t)")
+    group.add_argument("--model", help="timm architecture, hf-hub:owner/name too (resnet18; digits: narrow resnet10t)")
     group.add_argument(
         "--model-kwargs", metavar="K=V", nargs="*", action=_KeyValues, help="its arguments: channels=32,64,128,256 …"
     )
     group.add_argument(
         "--checkpoint", metavar="FILE", help="safetensors: what tp-mrs wrote, or a state dict of --model"
     )
+    _flag(group, "--pretrained", "without a checkpoint: start from the weights that timm has for --model")
     if dense:
         group.add_argument("--dense-epochs", type=float, help="without a checkpoint: train a dense model (digits: 12)")
     group.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._version import versions
 from .allocation import single_budget
 from .arguments import BUDGETS, parse
+from .card import FOLDER_FILES, save_folder
 from .completion import completion_script
 from .config import write_config
 from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
@@ -28,6 +29,7 @@ from .exporting import check_format, export
 from .files import check_output_folder, write_bytes, write_json
 from .finetuning import check_training, finetune
 from .html import CAPTIONS, report_page
+from .hub import WEIGHTS, on_hub, weights_file
 from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
@@ -38,11 +40,11 @@ from .preview import preview
 from .processes import place
 from .sensitivity import Sensitivity
 from .stages import Stages, plainly
-from .storage import load, save
+from .storage import load
 
 PICTURES = tuple(f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg"))
-PRUNED = ("model.safetensors", "report.json", "report.html", "run.yaml", *PICTURES)
-FINETUNED = ("model.safetensors", "finetuning.json", "log.jsonl", "run.yaml", "training.png", "training.svg")
+PRUNED = (*FOLDER_FILES, "report.json", "report.html", "run.yaml", *PICTURES)
+FINETUNED = (*FOLDER_FILES, "finetuning.json", "log.jsonl", "run.yaml", "training.png", "training.svg")
 MEASURED = ("sensitivity.json", "run.yaml", "sensitivity.png", "sensitivity.svg")
 """The files that the commands write, at most."""
 
@@ -138,15 +140,15 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         before, *_, (name, after) = report.stages.items()
         report = replace(report, curves={"dense": [*dense, before[1]], name: [*_curve(job, model), after]})
     if place()[0] == 0:
-        save(model, out / "model.safetensors", class_names=job.data.class_names)
         report.save(out / "report.json")
-        _illustrate(report, job, out)
+        pictures = _illustrate(report, job, out)
+        _save(model, report, job, out, pictures)
         write_config(out / "run.yaml", arguments)
         shutil.rmtree(out / "checkpoint")
     if not arguments.json:
         print_report(report, f"{job.data.name}, eps {arguments.eps}")
-        print(f"\nWritten to {out}: report.html to look at, report.json, model.safetensors, run.yaml, and pictures")
-        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+        print(f"\nWritten to {out}: report.html to look at, README.md (a model card), model.safetensors, and more")
+        print(f"Load it with tp_mrs.load({str(out)!r})")
     return report.to_dict()
 
 
@@ -155,8 +157,13 @@ def _curve(job: Job, model: nn.Module) -> list[Evaluation]:
     return [_assessed(job, model, eps=eps) for eps in job.sizes]
 
 
-def _illustrate(report: Report, job: Job, out: Path) -> None:
-    """Write the pictures, and the page that has them all."""
+def _save(model: nn.Module, report: Report | Evaluation, job: Job, out: Path, pictures: Sequence[str] = ()) -> None:
+    data, run = job.data, vars(job.arguments)
+    save_folder(model, out, report, class_names=data.class_names, dataset=data.name, run=run, pictures=pictures)
+
+
+def _illustrate(report: Report, job: Job, out: Path) -> Sequence[str]:
+    """Write the pictures, and the page that has them all; returns the pictures' names."""
     figures = pictures(report)
     for name, figure in figures.items():
         save_figure(figure, out / name)
@@ -169,6 +176,7 @@ def _illustrate(report: Report, job: Job, out: Path) -> None:
         pictures={name: to_svg(figure) for name, figure in figures.items()},
     )
     write_bytes(out / "report.html", page.encode())
+    return list(figures)
 
 
 def _previewed(job: Job) -> Result:
@@ -222,10 +230,10 @@ def _measured(job: Job, model: nn.Module, *, steps: int = 5) -> Sensitivity:
 
 
 def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
-    if not arguments.checkpoint:
+    if not arguments.checkpoint and not arguments.pretrained:
         raise InputError(
             "checkpoint: give the model to fine-tune, --checkpoint FILE.safetensors: what tp-mrs prune has written, or "
-            "with --model NAME a state dict of any timm model"
+            "with --model NAME a state dict of any timm model; or --pretrained for timm's own weights"
         )
     job = Job(arguments, device)
     out = job.output_folder(*FINETUNED)
@@ -246,7 +254,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
         "versions": versions(),
     }
     if place()[0] == 0:
-        save(model, out / "model.safetensors", class_names=job.data.class_names)
+        _save(model, after, job, out)
         write_json(out / "finetuning.json", record)
         save_figure(plot_training({"fine-tuning": finetuning.history}), out / "training")
         write_config(out / "run.yaml", arguments)
@@ -254,8 +262,8 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
     if not arguments.json:
         print_evaluations({"before": before, "after": after}, f"{job.data.name}, eps {arguments.eps}")
         print_change(before, after)
-        print(f"\nWritten to {out}: model.safetensors, finetuning.json, log.jsonl, run.yaml, and a picture")
-        print(f"Load it with tp_mrs.load({str(out / 'model.safetensors')!r})")
+        print(f"\nWritten to {out}: model.safetensors, README.md (a model card), finetuning.json, log.jsonl, and more")
+        print(f"Load it with tp_mrs.load({str(out)!r})")
     return record
 
 
@@ -284,9 +292,11 @@ def _export(arguments: argparse.Namespace, device: torch.device) -> Result:
         raise InputError("checkpoint: give the model to export, tp-mrs export MODEL")
     if arguments.image_size is not None:
         check_count("image_size", arguments.image_size)
-    source = Path(arguments.checkpoint)
+    with naming("model", "path"):
+        source = weights_file(arguments.checkpoint)
     suffix = ".pt2" if arguments.format == "pt2" else ".onnx"
-    target = Path(arguments.out) if arguments.out else source.with_suffix(suffix)
+    beside = Path(WEIGHTS) if on_hub(arguments.checkpoint) else source
+    target = Path(arguments.out) if arguments.out else beside.with_suffix(suffix)
     with naming("out", "path"):
         check_format(target, arguments.format, arguments.opset)
     if target.resolve() == source.resolve():

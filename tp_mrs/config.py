@@ -19,6 +19,8 @@ REPLACES = {
     "params": ("macs", "channels"),
     "channels": ("macs", "params"),
     "model": ("model_kwargs",),
+    "checkpoint": ("pretrained",),
+    "pretrained": ("checkpoint",),
 }
 """Option → others that make no sense beside it: given on the command line, it also takes their place."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .files import check_output_folder
 from .finetuning import finetune
 from .models import create_model, normalize
 from .processes import place
-from .storage import load, save
+from .storage import load, save_file
 from .tensorfile import FORMAT
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def dense_model(
     Args:
         data: what to train on.
         architecture: a timm name.
-        arguments: of `create_model`, such as `{"channels": (16, 32, 64, 128)}`.
+        arguments: of `create_model`, such as `{"channels": (16, 32, 64, 128)}` or `{"pretrained": True}`.
         batch_size: of training.
         seed: of the initial weights, the order of images, and the attacks.
         device: where to train; part of what the cache tells apart.
@@ -74,20 +75,33 @@ def dense_model(
     if path.exists():
         logger.info("dense model read from %s", path)
         return load(path, device=device)
-    channels, size, _ = data.shape
-    model = nn.Module()
-    with preserved_rng(model, seed):
-        model = create_model(
-            architecture, num_classes=data.num_classes, in_chans=channels, image_size=size, **(arguments or {})
-        )
-    normalize(model, data.mean, data.std).to(device)
+    model = new_model(data, architecture, arguments, seed=seed).to(device)
     loader = make_loader(data.train, batch_size=batch_size, shuffle=True, seed=seed)
     checkpoint = path.with_suffix(".training.safetensors")
     finetune(model, loader, seed=seed, progress=progress, checkpoint=checkpoint, **training)
     if place()[0] == 0:
-        save(model, path)
+        save_file(model, path)
         checkpoint.unlink(missing_ok=True)
     return model.eval()
+
+
+def new_model(data: ImageData, architecture: str, arguments: Mapping[str, Any] | None, *, seed: int) -> nn.Module:
+    """The architecture for `data`, not trained on it; it normalises its images, as pretrained weights expect it.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    channels, size, _ = data.shape
+    arguments = arguments or {}
+    model: Any = nn.Module()
+    with preserved_rng(model, seed):
+        model = create_model(
+            architecture, num_classes=data.num_classes, in_chans=channels, image_size=size, **arguments
+        )
+    config = model.pretrained_cfg
+    if arguments.get("pretrained") and len(config["mean"]) == channels:
+        return normalize(model, config["mean"], config["std"])
+    return normalize(model, data.mean, data.std)
 
 
 def dense_file(
@@ -114,4 +128,5 @@ def dense_file(
         **training,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    return (cache or cache_folder()) / f"{architecture}-{data.name}-{key}.safetensors"
+    name = re.sub(r"[^\w.-]", "-", architecture)  # of models on the hub it has a slash
+    return (cache or cache_folder()) / f"{name}-{data.name}-{key}.safetensors"

@@ -12,7 +12,7 @@ import torch
 from ._version import versions
 from .dense import cache_folder
 
-REQUIRED = ("torchvision", "accelerate", "safetensors", "numpy")
+REQUIRED = ("torchvision", "accelerate", "huggingface_hub", "safetensors", "numpy")
 """Packages that come with every installation, besides those in `versions`."""
 
 OPTIONAL = {

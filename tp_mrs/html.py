@@ -141,7 +141,7 @@ def evaluations_table(rows: Mapping[str, Evaluation]) -> str:
 def settings_table(settings: Mapping[str, Any]) -> str:
     """Names and values."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_text(value))}</td></tr>\n'
+        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(in_words(value))}</td></tr>\n'
         for name, value in settings.items()
     )
     return f'<table class="settings">\n{rows}</table>'
@@ -167,10 +167,10 @@ def _cell(content: str | tuple[str, str]) -> str:
     return f"<td>{escape(content[0])} <small>{escape(content[1])}</small></td>"
 
 
-def _text(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A setting as people write it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_text(each)}" for name, each in value.items())
+        return ", ".join(f"{name}={in_words(each)}" for name, each in value.items())
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(map(_text, value))
+        return ", ".join(map(in_words, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

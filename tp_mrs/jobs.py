@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
-from .dense import cache_folder, dense_file, dense_model
+from .dense import cache_folder, dense_file, dense_model, new_model
 from .errors import InputError, check_choice, check_count, check_path, naming
 from .files import check_output_folder
 from .finetuning import check_options
+from .hub import WEIGHTS, weights_file
 from .launch import first_one_first
 from .measuring import Estimator
-from .models import create_model, normalize
+from .models import left_untrained
 from .objectives import Objective, ard, awp, resolve, rslad
 from .preview import attack_passes, evaluation_passes, training_passes
 from .processes import place
@@ -47,6 +48,8 @@ class Job:
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
+        if arguments.pretrained and arguments.checkpoint:
+            raise InputError("pretrained: the weights come from the checkpoint; leave out --pretrained or --checkpoint")
         for name, value in self._given("batch_size", "calibration_images", "test_images", "steps").items():
             check_count(name, value)
         check_count("workers", arguments.workers, low=0)
@@ -103,10 +106,11 @@ class Job:
         return make_loader(images, batch_size=EVALUATION_BATCH)
 
     def model(self) -> nn.Module:
-        """From the checkpoint; or trained on the data and kept for the next run."""
+        """From the checkpoint, or timm's with its weights; or trained on the data and kept for the next run."""
         arguments = self.arguments
-        if arguments.checkpoint:
-            return self._load("checkpoint", arguments.checkpoint)
+        given = self._given_model()
+        if given is not None:
+            return given
         if arguments.dense_epochs is None:
             raise InputError(
                 f"checkpoint: needed for {self.data.name}; give --checkpoint FILE.safetensors with robust weights, "
@@ -117,16 +121,36 @@ class Job:
 
     def known_model(self) -> nn.Module | None:
         """The same if it needs no training; None if it does, or if nothing says for how long."""
+        given = self._given_model()
+        if given is not None:
+            return given
+        kept = dense_file(self.data, self.arguments.model, **self._dense_training())
+        return load(kept, device=self.device) if kept.exists() else None
+
+    def _given_model(self) -> nn.Module | None:
+        """The checkpoint's, or timm's with its weights, unless a dense model is to be trained from these first."""
         arguments = self.arguments
         if arguments.checkpoint:
             return self._load("checkpoint", arguments.checkpoint)
-        kept = dense_file(self.data, arguments.model, **self._dense_training())
-        return load(kept, device=self.device) if kept.exists() else None
+        if not arguments.pretrained or self._given("dense_epochs"):
+            return None
+        model, (_, size, _) = self.untrained(), self.data.shape
+        untrained = left_untrained(model, size)
+        if untrained and "dense_epochs" in arguments:  # else the command trains it
+            raise InputError(
+                f"pretrained: on {self.data.name} the weights of {arguments.model} leave untrained: {untrained}; "
+                "train the model first, with --dense-epochs N or tp-mrs finetune --pretrained"
+            )
+        return model
+
+    def _model_arguments(self) -> dict[str, Any]:
+        """Of `create_model`, besides those that the data decides."""
+        return self.arguments.model_kwargs | ({"pretrained": True} if self.arguments.pretrained else {})
 
     def _dense_training(self) -> dict[str, Any]:
         arguments = self.arguments
         return {
-            "arguments": arguments.model_kwargs,
+            "arguments": self._model_arguments(),
             "batch_size": arguments.batch_size,
             "seed": arguments.seed,
             "device": self.device,
@@ -138,16 +162,10 @@ class Job:
         }
 
     def untrained(self) -> nn.Module:
-        """The architecture, untrained, for the data."""
-        channels, size, _ = self.data.shape
-        model = create_model(
-            self.arguments.model,
-            num_classes=self.data.num_classes,
-            in_chans=channels,
-            image_size=size,
-            **self.arguments.model_kwargs,
-        )
-        return normalize(model, self.data.mean, self.data.std).to(self.device).eval()
+        """The architecture for the data, not trained on it."""
+        arguments = self.arguments
+        model = new_model(self.data, arguments.model, self._model_arguments(), seed=arguments.seed)
+        return model.to(self.device).eval()
 
     def training(self) -> dict[str, Any]:
         """Arguments of `finetune`, for the dense model and the pruned one alike."""
@@ -205,7 +223,9 @@ class Job:
         """
         folder = check_path("out", self.arguments.out)
         for name, path in self._given("checkpoint", "teacher").items():
-            if check_path(name, path).resolve() == (folder / "model.safetensors").resolve():
+            with naming(name, "path"):
+                file = weights_file(path)
+            if file.resolve() == (folder / WEIGHTS).resolve():
                 raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
         return check_output_folder(folder, files=files)
 
@@ -243,6 +263,7 @@ class Job:
     def _load(self, argument: str, path: str) -> nn.Module:
         """A file of `tp_mrs.save`, or a plain state dict of the architecture, made for the data."""
         with naming(argument, "path"):
+            path = str(weights_file(path))
             metadata, tensors = read(path)
             if not metadata:
                 self._check_made_for_data(path, _made_for(tensors, self.untrained(), channels=self.data.shape[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ from timm.models.resnet import ResNet
 from timm.models.vgg import VGG, ConvMlp
 from torch import Tensor, nn
 
-from .errors import InputError, check_count
+from .errors import InputError, check_count, naming
+from .hub import FAILURES, FOLDER, HUB, not_downloaded, timm_config
+
+logger = logging.getLogger(__name__)
 
 SMALL_IMAGE = 64
 """Images of at most this many pixels a side get a network that does not shrink them at its entrance."""
@@ -64,36 +68,81 @@ def create_model(
     7×7 one, and MobileViT a stem of stride 1: the usual forms for CIFAR. Other families stay as timm makes them.
 
     Args:
-        architecture: a name from `timm.list_models()`.
+        architecture: a name from `timm.list_models()`, with a tag or without; or of a model that timm loads from the
+            Hugging Face hub, `hf-hub:owner/name` or `timm/name`, or from a folder, `local-dir:path`.
         num_classes: number of outputs.
         in_chans: channels of the images.
         image_size: height and width of the images, in pixels.
-        pretrained: load timm's weights.
+        pretrained: load its weights; timm downloads them. Layers for which there are none, as for another
+            `num_classes` or for small images, start untrained, and a warning names them. The statistics of images that
+            the weights expect are in `model.pretrained_cfg`: `normalize(model, cfg["mean"], cfg["std"])`.
         **arguments: further arguments of timm's, such as `channels=(16, 32, 64, 128)` for a narrow ResNet.
 
     Raises:
-        InputError: timm has no such model, or an argument is out of range.
+        InputError: timm has no such model, an argument is out of range, or something can't be downloaded.
     """
     check_count("num_classes", num_classes)
     check_count("in_chans", in_chans)
     check_count("image_size", image_size)
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise InputError(f"model: timm has no architecture {architecture!r}; {hint}")
+    source = f"{HUB}{architecture}" if architecture.startswith("timm/") else architecture
+    plain, noted = _resolved(source)
     try:
         model = timm.create_model(
-            architecture, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **arguments
+            source, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **arguments
         )
+    except FAILURES as error:
+        raise InputError(f"model: {not_downloaded(f'the weights of {architecture}', error)}") from error
     except _CANNOT_MAKE as error:
-        raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {str(error)[:300]}") from error
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"model: timm cannot make {architecture!r} with {arguments}: {why}") from error
     if image_size <= SMALL_IMAGE:
         _fit_small_images(model, in_chans)
+    if pretrained and (untrained := left_untrained(model, image_size)):
+        logger.warning("%s: its weights leave untrained: %s", architecture, untrained)
     with contextlib.suppress(TypeError):  # an argument such as a class cannot be written down
-        recipe = {"architecture": architecture, "num_classes": num_classes, "in_chans": in_chans}
+        recipe = {**noted, "architecture": plain, "num_classes": num_classes, "in_chans": in_chans}
         kept = {name: value for name, value in arguments.items() if name not in WEIGHT_SOURCES}
         model.tp_mrs_recipe = json.loads(json.dumps({**recipe, "image_size": image_size, **kept}))
     return model
+
+
+def _resolved(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture's plain name, and the arguments for it that are noted on the hub or in the folder."""
+    if not name.startswith((HUB, FOLDER)):
+        _check_architecture(name)
+        return name, {}
+    with naming("model", "path"):
+        config = timm_config(name)
+    if "tp_mrs" in config:
+        path = name.removeprefix(FOLDER)
+        raise InputError(
+            f"model: {name} was saved by tp_mrs, with shapes of its own; read it with tp_mrs.load({path!r}), or give "
+            f"--checkpoint {path}"
+        )
+    _check_architecture(config["architecture"])
+    return config["architecture"], dict(config.get("model_args") or {})
+
+
+def _check_architecture(name: str) -> None:
+    if timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+    if "/" in name:
+        hint = f"on the Hugging Face hub it is {HUB}{name}"
+    raise InputError(f"model: timm has no architecture {name!r}; {hint}")
+
+
+def left_untrained(model: Any, image_size: int) -> str:
+    """The layers of a new model that pretrained weights don't reach, and why; empty if there are none."""
+    config, found = model.pretrained_cfg, []
+    classes = config.get("num_classes", model.num_classes)
+    if model.num_classes != classes:
+        found.append(f"{config.get('classifier')} ({model.num_classes} classes in place of {classes})")
+    if image_size <= SMALL_IMAGE and isinstance(model, (ResNet, VGG)):
+        layer = "conv1" if isinstance(model, ResNet) else "pre_logits, head"
+        found.append(f"{layer} (fitted to images of {image_size} pixels)")
+    return ", ".join(found)
 
 
 def _fit_small_images(model: nn.Module, in_chans: int) -> None:

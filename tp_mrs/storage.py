@@ -16,29 +16,14 @@ from . import tensorfile
 from ._version import versions
 from .architectures import take_sizes
 from .errors import InputError, check_device, check_module
+from .hub import weights_file
 from .models import normalization, normalize
 from .recipes import check_recipe, find_recipe, skeleton
 from .shapes import Conv, check_fit, fill, slots
 
 
-def save(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
-    """Write `model`, pruned or not, as one safetensors file.
-
-    The tensors are all parameters and buffers, those outside the state dict too, in their own types. The metadata says
-    how timm makes the architecture, the class names, the normalisation, the numbers of attention heads, the groups of
-    convolutions, the widths of norms without weights, and the versions; a checksum covers both. Make models with
-    `tp_mrs.create_model`, which remembers its arguments: timm itself does not. Where the architecture cannot be made
-    again from what is known, a warning says so, and `load` needs a factory.
-
-    Args:
-        model: any module; stays as it is.
-        path: the file, usually `*.safetensors`. It is replaced whole or not at all.
-        class_names: one for each output, in order; those in `model.class_names` if None and there are any.
-
-    Raises:
-        InputError: the class names are not one string for each output, the model holds what safetensors cannot, or the
-            file cannot be written.
-    """
+def save_file(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
+    """What `tp_mrs.save` says of one file."""
     check_module(model)
     names = _check_class_names(model, getattr(model, "class_names", None) if class_names is None else class_names)
     tensors = tensors_of(model)
@@ -66,7 +51,8 @@ def load(
     made without memory; what is then taken is the size of the file.
 
     Args:
-        path: the file.
+        path: the file; the folder that holds it as `model.safetensors`; or on the Hugging Face hub
+            `hf-hub:owner/name`, or `hf-hub:owner/name@revision`.
         factory: makes the unpruned architecture, for models that timm did not make and files that `save` did not
             write: `load(path, factory=lambda: tp_mrs.create_model("resnet18", ...))`. Such a plain state dict must be
             of the unpruned architecture, as it lacks what more there is to know of a pruned one; and it holds no
@@ -78,11 +64,13 @@ def load(
         the model; its `class_names` are those it was saved with, if any.
 
     Raises:
-        InputError: no such file, damaged, not safetensors, or it doesn't fit the architecture.
+        InputError: no such file, damaged, not safetensors, or it doesn't fit the architecture; or the hub can't be
+            reached.
     """
     device = check_device(device)
     if dtype is not None and dtype not in tensorfile.FLOATS:
         raise InputError(f"dtype: expected None or a floating-point type such as torch.float32, got {dtype!r}")
+    path = weights_file(path)
     content, tensors = tensorfile.read(path)
     with _naming(path):
         metadata = _Metadata.parse(content or {})
