@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--out", metavar="DIR", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
     evaluating = _command(commands, "evaluate", "measure clean and robust accuracy, size and speed", *shared)
+    evaluating.add_argument("--out", metavar="DIR", help="folder for evaluation.json and, with --more-eps, a plot")
+    _more_eps(evaluating)
     _flag(evaluating, "--masking", "look for masked gradients, also at a large eps")
     exporting = _command(commands, "export", "write a saved model as ONNX or as a PyTorch program", takes="MODEL")
     _exporting(exporting)
@@ -142,10 +144,14 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
-    group.add_argument("--more-eps", nargs="+", metavar="X", help="evaluate at these sizes, too, for a curve (none)")
+    _more_eps(group)
     group.add_argument("--out", metavar="DIR", default="tp-mrs-run", help="folder for the results (tp-mrs-run)")
     _flag(group, "--dry-run", "show what would be pruned and what it costs; train and write nothing")
     return parent
+
+
+def _more_eps(options: Any) -> None:
+    options.add_argument("--more-eps", nargs="+", metavar="X", help="evaluate at these sizes, too, for a curve (none)")
 
 
 def _finetuning() -> argparse.ArgumentParser:

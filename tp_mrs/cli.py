@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .arguments import BUDGETS, parse
 from .card import FOLDER_FILES, save_folder
 from .completion import completion_script
 from .config import write_config
-from .display import messages, pictures, print_change, print_evaluations, print_report, save_figure
+from .display import messages, pictures, print_change, print_curves, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
 from .errors import DivergenceError, InputError, check_choice, check_count, naming
 from .evaluation import Evaluation, evaluate
@@ -35,7 +35,7 @@ from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
 from .measuring import measure_sensitivity, measured_weights
 from .pipeline import Report, check_options, mrpf
-from .plotting import plot_training, to_svg
+from .plotting import plot_robustness, plot_training, to_svg
 from .preview import preview
 from .processes import place
 from .sensitivity import Sensitivity
@@ -45,6 +45,7 @@ from .storage import load
 PICTURES = tuple(f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg"))
 PRUNED = (*FOLDER_FILES, "report.json", "report.html", "run.yaml", *PICTURES)
 FINETUNED = (*FOLDER_FILES, "finetuning.json", "log.jsonl", "run.yaml", "training.png", "training.svg")
+EVALUATED = ("evaluation.json", "run.yaml", "robustness.png", "robustness.svg")
 MEASURED = ("sensitivity.json", "run.yaml", "sensitivity.png", "sensitivity.svg")
 """The files that the commands write, at most."""
 
@@ -111,7 +112,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         return _previewed(job)
     out = job.output_folder(*PRUNED)
     model = job.model()
-    dense = _curve(job, model)
+    dense = _at_more_sizes(job, model)
     with naming("out", "checkpoint"):
         report = mrpf(
             model,
@@ -138,7 +139,8 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         )
     if dense:
         before, *_, (name, after) = report.stages.items()
-        report = replace(report, curves={"dense": [*dense, before[1]], name: [*_curve(job, model), after]})
+        curves = {"dense": [*dense, before[1]], name: [*_at_more_sizes(job, model), after]}
+        report = replace(report, curves={name: _in_order(curve) for name, curve in curves.items()})
     if place()[0] == 0:
         report.save(out / "report.json")
         pictures = _illustrate(report, job, out)
@@ -147,14 +149,19 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
         shutil.rmtree(out / "checkpoint")
     if not arguments.json:
         print_report(report, f"{job.data.name}, eps {arguments.eps}")
+        print_curves(report.curves)
         print(f"\nWritten to {out}: report.html to look at, README.md (a model card), model.safetensors, and more")
         print(f"Load it with tp_mrs.load({str(out)!r})")
     return report.to_dict()
 
 
-def _curve(job: Job, model: nn.Module) -> list[Evaluation]:
+def _at_more_sizes(job: Job, model: nn.Module) -> list[Evaluation]:
     """Evaluations at the further sizes of perturbation that were asked for."""
-    return [_assessed(job, model, eps=eps) for eps in job.sizes]
+    return [_assessed(job, model, eps=eps) for eps in job.more_eps]
+
+
+def _in_order(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    return sorted(evaluations, key=lambda each: each.eps)
 
 
 def _save(model: nn.Module, report: Report | Evaluation, job: Job, out: Path, pictures: Sequence[str] = ()) -> None:
@@ -269,10 +276,29 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
 
 def _evaluate(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
-    result = _assessed(job, job.model(), masking=arguments.masking)
+    out = check_output_folder(arguments.out, files=EVALUATED) if arguments.out else None
+    model = job.model()
+    result = _assessed(job, model, masking=arguments.masking)
+    curve = _in_order([*_at_more_sizes(job, model), result])
+    name = Path(arguments.checkpoint or arguments.model).name
+    curves = {name: curve} if job.more_eps else {}
+    record = {
+        "format": "tp_mrs.evaluation/1",
+        **result.to_dict(),
+        "curve": [each.to_dict() for each in curve],
+        "versions": versions(),
+    }
+    if out is not None and place()[0] == 0:
+        write_json(out / "evaluation.json", record)
+        write_config(out / "run.yaml", arguments)
+        if curves:
+            save_figure(plot_robustness(curves), out / "robustness")
     if not arguments.json:
-        print_evaluations({"model": result}, f"{job.data.name}, eps {arguments.eps}")
-    return result.to_dict()
+        print_evaluations({name: result}, f"{job.data.name}, eps {arguments.eps}")
+        print_curves(curves)
+        if out is not None:
+            print(f"\nWritten to {out}: evaluation.json, run.yaml{', and a picture' * bool(curves)}")
+    return record
 
 
 def _assessed(job: Job, model: nn.Module, *, masking: bool = False, eps: float | None = None) -> Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +47,7 @@ def print_report(report: Report, what: str) -> None:
 def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
     """Each accuracy in percent, with its interval; and each quantity, with its unit in the name."""
     evaluations = list(rows.values())
-    accuracies = {
-        name: [(f"{100 * each.accuracy(name):.1f}", each.interval_text(name)) for each in evaluations]
-        for name in evaluations[0].names
-    }
+    accuracies = {name: [_accuracy(each, name) for each in evaluations] for name in evaluations[0].names}
     sizes = {
         "MACs (M)": [f"{each.macs / 1e6:.1f}" for each in evaluations],
         "params (M)": [f"{each.params / 1e6:.3f}" for each in evaluations],
@@ -59,6 +56,14 @@ def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str
     if evaluations[0].latency_ms is not None:
         sizes["ms, one image"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
     return accuracies, sizes
+
+
+def _accuracy(evaluation: Evaluation, name: str) -> tuple[str, str]:
+    return f"{100 * evaluation.accuracy(name):.1f}", evaluation.interval_text(name)
+
+
+def _dimmed(accuracy: tuple[str, str]) -> str:
+    return f"{accuracy[0]} [dim]{accuracy[1]}[/dim]"
 
 
 def print_evaluations(rows: Mapping[str, Evaluation], title: str) -> None:
@@ -73,7 +78,7 @@ def print_evaluations(rows: Mapping[str, Evaluation], title: str) -> None:
         table.add_column(name, justify="right")
     accuracies, sizes = comparison(rows)
     for name, cells in accuracies.items():
-        table.add_row(name, *(f"{value} [dim]{interval}[/dim]" for value, interval in cells))
+        table.add_row(name, *map(_dimmed, cells))
     table.add_section()
     for name, values in sizes.items():
         table.add_row(name, *values)
@@ -81,6 +86,22 @@ def print_evaluations(rows: Mapping[str, Evaluation], title: str) -> None:
     for name, row in rows.items():
         for sentence in row.warnings:
             print(f"Warning ({name}): {sentence}")
+
+
+def print_curves(curves: Mapping[str, Sequence[Evaluation]]) -> None:
+    """Accuracy at each size of perturbation; a table for each model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for model, evaluations in curves.items():
+        print(f"\n{model}, accuracy by size of perturbation (in % with 95% intervals)")
+        table = Table("eps")
+        names = [name for name in evaluations[0].names if name != "clean"]
+        for name in names:
+            table.add_column(name, justify="right")
+        for each in evaluations:
+            table.add_row(f"{each.eps:.4g}", *(_dimmed(_accuracy(each, name)) for name in names))
+        Console().print(table)
 
 
 def print_change(before: Evaluation, after: Evaluation) -> None:

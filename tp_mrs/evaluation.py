@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -140,8 +140,9 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` gave."""
-        return cls(**{**content, "warnings": tuple(content["warnings"])})
+        """What `to_dict` gave, or `tp-mrs evaluate --json`, which adds to it."""
+        own = {field.name: content[field.name] for field in fields(cls)}
+        return cls(**{**own, "warnings": tuple(content["warnings"])})
 
 
 def evaluate(

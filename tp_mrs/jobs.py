@@ -72,7 +72,8 @@ class Job:
         if self._given("validation_images"):
             self.data, self.validation = hold_out(self.data, arguments.validation_images, seed=arguments.seed)
         with naming("more_eps"):
-            self.sizes = [parse_eps(size) for size in self._given("more_eps").get("more_eps", [])]
+            sizes = {parse_eps(size) for size in self._given("more_eps").get("more_eps", [])}
+        self.more_eps = sorted(sizes - {self.eps})
         for name in (*arguments.attacks, *self._given("attack", "train_attack").values()):
             self._named(name)
 
@@ -206,7 +207,7 @@ class Job:
         images, calibration, tested = (len(loader.dataset) for loader in loaders)
         epoch = training_passes(arguments.objective, arguments.train_attack)
         ascent = 5 * layers if arguments.estimator == "pga" else 0
-        evaluations = 1 + arguments.rounds + (arguments.epochs > 0)
+        evaluations = 1 + arguments.rounds + (arguments.epochs > 0) + 2 * len(self.more_eps)
         once = attack_passes(arguments.attack) + 1 + ascent
         return {
             **({"training a dense model": epoch * (arguments.dense_epochs or 0)} if dense else {}),
