@@ -399,7 +399,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--attacks", "fgsm", "pdg"], "attack: no torchattacks attack is called 'pdg'"),
         (["--train-attack", "pdg"], "attack: no torchattacks attack is called 'pdg'"),
         (["--estimator", "sam"], "estimator: expected one of first_order, pga"),
-        (["--base", "l7"], "base: expected one of taylor, magnitude"),
+        (["--base", "l7"], "base: expected one of sensitivity, taylor, magnitude"),
         (["--optimizer", "sgdd"], "optimizer: expected one of"),
         (["--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors as safetensors"),
         (["--device", "toaster"], "device: cannot use 'toaster' here"),
