@@ -158,12 +158,17 @@ def test_latency_is_a_time(cnn: nn.Module, example: torch.Tensor) -> None:
     [
         ({"attacks": ["pdg"]}, "attack: no torchattacks attack is called 'pdg'; did you mean 'pgd'"),
         ({"attacks": ["fgsm-3"]}, "attack: 'fgsm-3' has a step count that FGSM does not take"),
-        ({"attacks": ["multiattack"]}, "attack: no torchattacks attack is called 'multiattack'"),
+        (
+            {"attacks": ["multiattack"]},
+            "attack: no torchattacks attack is called 'multiattack'; did you mean 'autoattack'",
+        ),
         ({"attacks": "fgsm"}, r"attacks: expected a list of attacks.*write \['fgsm'\]"),
         ({"attacks": [torchattacks.FGSM(small_cnn())]}, "attack: this FGSM is bound to another model"),
         ({"eps": -1}, "eps: expected a value in"),
         ({"eps": "abc"}, "eps: expected a number or a fraction such as 8/255, got 'abc'"),
+        ({"attacks": None}, r"attacks: expected a list of attacks, such as \['pgd-20'\], got None"),
         ({"max_batches": 0}, "max_batches"),
+        ({"seed": 2**32}, "seed: expected an integer from 0 to 4294967295, got 4294967296"),
         (
             {"attacks": [torchattacks.AutoAttack]},
             "attack: this AutoAttack was made for 10 classes, but the model has 4",
@@ -175,6 +180,31 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, batches: Batches
     model = small_cnn()
     with unchanged(model), pytest.raises(InputError, match=message):
         evaluate(model, batches, **arguments)
+
+
+def test_images_of_several_sizes(batches: Batches) -> None:
+    data = [batches[0], (torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]
+    assert evaluate(small_cnn(), data, [], latency=False).images == 8
+    model = small_cnn()
+    with (
+        unchanged(model),
+        pytest.raises(InputError, match=r"masking: .*one size, found \(3, 32, 32\) and \(3, 16, 16\)"),
+    ):
+        evaluate(model, data, [], masking=True)
+
+
+@pytest.mark.parametrize("attack", ["autoattack", lambda model: torchattacks.AutoAttack(model, n_classes=4)])
+def test_autoattack_needs_full_precision(attack: Any, batches: Batches) -> None:
+    model, data = small_cnn().bfloat16(), [(images.bfloat16(), labels) for images, labels in batches]
+    with unchanged(model), pytest.raises(InputError, match=r"model: AutoAttack .*use model.float\(\)"):
+        evaluate(model, data, [attack])
+
+
+def test_autocast_outside_is_of_no_account(batches: Batches) -> None:
+    model = small_cnn()
+    expected = evaluate(model, batches, ["pgd-2"], latency=False)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert evaluate(model, batches, ["pgd-2"], latency=False) == expected
 
 
 def test_a_model_that_returns_nan(batches: Batches) -> None:

@@ -376,7 +376,7 @@ def test_bad_data(data: Any, message: str) -> None:
         ({"steps": 0}, "steps: expected an integer >= 1"),
         ({"max_batches": 0}, "max_batches"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16, got 'fp16'"),
-        ({"seed": -1}, "seed: expected an integer >= 0"),
+        ({"seed": -1}, "seed: expected an integer from 0"),
         ({"example_inputs": torch.rand(3, 32, 32)}, "example_inputs: expected a tensor of shape"),
         ({"example_inputs": torch.rand(1, 5, 32, 32)}, "example_inputs: the model cannot run"),
         (

@@ -68,7 +68,7 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
             with lent(model), torch.enable_grad():
                 adversarial = built(images, labels).detach()
         except (RuntimeError, TypeError, IndexError) as error:
-            reason = _reason(built, labels, str(error))
+            reason = _reason(built, images, labels, str(error))
             if reason is None:
                 raise
             raise InputError(reason) from error
@@ -79,7 +79,7 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
     return perturb
 
 
-def _reason(attack: Attack, labels: Tensor, error: str) -> str | None:
+def _reason(attack: Attack, images: Tensor, labels: Tensor, error: str) -> str | None:
     """What to say of an error of an attack's, if it is known where that comes from."""
     name = _name(attack)
     if "does not require grad" in error:
@@ -87,6 +87,8 @@ def _reason(attack: Attack, labels: Tensor, error: str) -> str | None:
             f"model: its outputs have no gradient with respect to the images, which {name} needs; "
             "remove what cuts it off (no_grad, detach, argmax), or attack without gradients: 'square'"
         )
+    if "BFloat16" in error and images.dtype == torch.bfloat16:
+        return f"model: {name} cannot work in bfloat16; use model.float() and images.float(), or another attack"
     if "BFloat16" in error:
         return f"precision: {name} cannot work in bfloat16; take precision='fp32', or another attack"
     if labels.is_floating_point():
@@ -177,10 +179,10 @@ def parse_name(name: str) -> AttackName:
     Raises:
         InputError: no attack has that name, or it takes no steps or restarts.
     """
-    known = {key.lower(): key for key in torchattacks.__all__} | {"none": "VANILA"}
+    known = {key.lower(): key for key in torchattacks.__all__ if key not in _NEEDS_MORE} | {"none": "VANILA"}
     match = re.fullmatch(r"([^-]+?)(?:-([^x]*))?(?:x([0-9]+))?", name.lower())
     base, steps, restarts = match.groups() if match else (name.lower().partition("-")[0], None, None)
-    if match is None or base not in known or known[base] in _NEEDS_MORE:
+    if match is None or base not in known:
         guess = difflib.get_close_matches(base, known, n=1)
         hint = f"did you mean {guess[0]!r}?" if guess else "try 'pgd-20', 'fgsm', 'cw', 'square' or 'autoattack'"
         raise InputError(f"attack: no torchattacks attack is called {name!r}; {hint}")

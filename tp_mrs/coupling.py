@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .borrowing import copied, preserved_rng
-from .errors import InputError, check_count, check_example_inputs
+from .errors import InputError, check_example_inputs, check_seed
 from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, refresh, rooted_groups
 from .tracing import reasons_to_keep, tensors_in
 
@@ -130,7 +130,7 @@ def check_coupling(
         the number from before. Groups of one unit can't be swapped or pruned; they pass.
     """
     check_example_inputs(model, example_inputs)
-    check_count("seed", seed, low=0)
+    check_seed(seed)
     with preserved_rng(model, seed):
         probe = _randomised(copied(model).double().eval())
         images = torch.randn_like(example_inputs, dtype=torch.float64)

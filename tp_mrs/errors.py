@@ -57,6 +57,12 @@ def check_count(name: str, value: int, *, low: int = 1) -> None:
         raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless `seed` is one that all random generators take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise InputError(f"seed: expected an integer from 0 to 4294967295, got {seed!r}")
+
+
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise `InputError` unless `value` is one of `choices`."""
     options = [str(choice) for choice in choices]  # type: ignore[attr-defined]

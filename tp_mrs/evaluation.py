@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from .attacks import AttackLike, Perturb, bind, build, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
-from .errors import DivergenceError, InputError, check_choice, device_of
+from .errors import DivergenceError, InputError, check_choice, check_seed, device_of
 from .masking import Sample, contradictions, failures
 from .numerics import culprit
 from .processes import failing_together, gather, place
@@ -190,6 +190,7 @@ def evaluate(
         same `data`, in the same order.
     """
     eps = parse_eps(eps)
+    check_seed(seed)
     _check_attacks(attacks, model, eps)
     number, processes = place()
     hits: dict[str, dict[int, Tensor]] = {}
@@ -253,6 +254,8 @@ def _check_attacks(attacks: Sequence[str | AttackLike], model: nn.Module, eps: f
     """Meet unknown names and attacks on other models before the first batch."""
     if isinstance(attacks, str):
         raise InputError(f"attacks: expected a list of attacks, got the text {attacks!r}; write [{attacks!r}]")
+    if not isinstance(attacks, Iterable):
+        raise InputError(f"attacks: expected a list of attacks, such as ['pgd-20'], got {attacks!r:.80}")
     for attack in attacks:
         build(named_attack(attack, eps=eps) if isinstance(attack, str) else attack, model)
 

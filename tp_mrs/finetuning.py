@@ -27,6 +27,7 @@ from .errors import (
     check_full_precision,
     check_number,
     check_path,
+    check_seed,
     device_of,
     naming,
 )
@@ -384,7 +385,7 @@ def check_options(
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_precision(precision)
     check_choice("optimizer", optimizer, [name for name in list_optimizers() if name not in _SECOND_ORDER])
-    check_count("seed", seed, low=0)
+    check_seed(seed)
 
 
 def _check_trainable(model: nn.Module) -> None:

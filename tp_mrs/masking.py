@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import AttackName, bind, named_attack, parse_name
+from .errors import InputError
 from .proportions import Outcomes, chance_of_at_least, paired_difference, wilson
 
 SIGNIFICANCE = 0.001  # chance of a warning without a reason, for each pair of attacks: it takes ten images at least
@@ -95,6 +96,11 @@ class Sample:
         self.seen, self.stride = 0, 1
 
     def add(self, images: Tensor, labels: Tensor) -> None:
+        if self.kept and images.shape[1:] != self.kept[0][0].shape:
+            raise InputError(
+                f"masking: expected images of one size, found {tuple(self.kept[0][0].shape)} and "
+                f"{tuple(images.shape[1:])}; evaluate each size by itself, or leave masking out"
+            )
         for pair in zip(images, labels, strict=True):
             if self.seen % self.stride == 0:
                 self.kept.append(pair)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .attacks import AttackLike, bind, describe
 from .batches import checked_batches
 from .borrowing import borrowed, seed_all
-from .errors import InputError, check_choice, check_count, check_full_precision, check_number, device_of
+from .errors import InputError, check_choice, check_count, check_full_precision, check_number, check_seed, device_of
 from .estimators import Batch, RobustLoss, first_order, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather, place
@@ -328,7 +328,7 @@ def check_settings(
     check_choice("estimator", estimator, get_args(Estimator))
     check_count("steps", steps)
     check_precision(precision)
-    check_count("seed", seed, low=0)
+    check_seed(seed)
     if max_batches is not None:
         check_count("max_batches", max_batches)
 

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from .batches import checked_batches
 from .borrowing import borrowed, preserved_flags, preserved_rng
+from .errors import check_seed
 
 
 def recalibrate(
@@ -38,8 +39,9 @@ def recalibrate(
         The model.
 
     Raises:
-        InputError: a batch is unusable; nothing was changed.
+        InputError: `seed` or a batch is unusable; nothing was changed.
     """
+    check_seed(seed)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return model
     with borrowed(model):
