@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import tp_mrs.checkpoints
 from tests.conftest import Batches, image_batches, unchanged
 from tp_mrs import DivergenceError, Finetuning, InputError, finetune
+from tp_mrs.checkpoints import Checkpoint
 from tp_mrs.objectives import adversarial
 
 
@@ -79,6 +80,7 @@ def as_list() -> Batches:
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (loader, {"accumulate": 2, "clip_norm": 0.5}),
     "adamw": (own_generator, {"optimizer": "adamw", "lr": 0.01, "accumulate": 3, "channels_last": True}),
+    "adafactorbv": (loader, {"optimizer": "adafactorbv", "lr": 0.01}),  # its state has types of numbers
     "awp": (weighted, {"objective": "trades-awp", "attack": "tpgd-2"}),
     "replaced": (replaced, {"objective": "mart", "attack": "pgd-2"}),
     "workers": (working, {"objective": "standard"}),
@@ -287,6 +289,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(path: Path, monkeypatch: pytes
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     assert same(train("list", objective=stopping(0), checkpoint=path), train("list", objective=stopping(0)))
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    file = Checkpoint(tmp_path / "state.safetensors", {})
+    state = {"a": (3, (1, None), [2.5]), "b": torch.bfloat16, "tuple": {"x": ()}, "dtype": "F32", "c": [{"tuple": 1}]}
+    file.write({**state, "tensor": {"tensor": torch.ones(2)}})
+    found = file.read()
+    assert torch.equal(found.pop("tensor")["tensor"], torch.ones(2))
+    assert found == state
 
 
 def test_a_folder_that_cannot_be_written(batches: Batches, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import tensorfile
@@ -18,7 +19,7 @@ from .processes import failing_together, gather, place
 from .storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.checkpoint/1"
-_TENSOR = "tensor"
+_TYPE_NAMES = {kind: name for name, kind in tensorfile.TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -110,22 +111,33 @@ def check_same_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor moved to `tensors`, under a name that says where it was."""
+    """`value` as JSON can hold it, with each tensor moved to `tensors`, under a name that says where it was.
+
+    A dictionary with a single key stands for what JSON has not: a tensor, a tuple, a type of numbers.
+    """
     if isinstance(value, Tensor):
         tensors[name] = value
-        return {_TENSOR: name}
+        return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": _TYPE_NAMES[value]}
     if isinstance(value, Mapping):
         return {key: _packed(each, f"{name}.{key}", tensors) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_packed(each, f"{name}.{index}", tensors) for index, each in enumerate(value)]
+        parts = [_packed(each, f"{name}.{index}", tensors) for index, each in enumerate(value)]
+        return {"tuple": parts} if isinstance(value, tuple) else parts
     return value
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict) and set(value) == {_TENSOR} and isinstance(value[_TENSOR], str):
-        return tensors[value[_TENSOR]]
-    if isinstance(value, dict):
-        return {key: _unpacked(each, tensors) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_unpacked(each, tensors) for each in value]
+    match value:
+        case {"tensor": str(name), **others} if not others:
+            return tensors[name]
+        case {"dtype": str(name), **others} if not others:
+            return tensorfile.TYPES[name]
+        case {"tuple": list(parts), **others} if not others:
+            return tuple(_unpacked(each, tensors) for each in parts)
+        case dict():
+            return {key: _unpacked(each, tensors) for key, each in value.items()}
+        case list():
+            return [_unpacked(each, tensors) for each in value]
     return value
