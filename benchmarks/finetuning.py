@@ -5,17 +5,20 @@
     python -m benchmarks.finetuning --report             # tables only
 
 `steps`: a step of adversarial training beside the passes that it is made of, and in bf16 with channels_last beside
-plain fp32. `objectives`: adversarially trained networks, pruned to a quarter of their MACs by MRS, are fine-tuned by
-each objective for the same number of passes, and evaluated on test images (AutoAttack would take hours on a CPU). Each
-network and seed is a file in benchmarks/results/.
+plain fp32. `precision`: what comes of a pruned network when it is fine-tuned in the one and in the other. `objectives`:
+adversarially trained networks, pruned to a quarter of their MACs by MRS, are fine-tuned by each objective for the same
+number of passes, and evaluated on test images. `autoattack`: some of these on fewer images by AutoAttack, which takes a
+quarter of an hour each on a CPU. Each cell is a file in benchmarks/results/; how far fine-tuning has come is kept in
+the cache of tp_mrs.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +29,15 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Subject
 from benchmarks.networks import EPS, FINETUNING
+from benchmarks.report import bootstrap, lead_text
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
-from tp_mrs import create_model, evaluate, finetune
+from tp_mrs import Evaluation, create_model, evaluate, finetune
 from tp_mrs.attacks import parse_eps
 from tp_mrs.data import ImageData, load_data, make_loader, random_subset
+from tp_mrs.dense import cache_folder
 from tp_mrs.files import read_json, write_json
+from tp_mrs.finetuning import Finetuning
 from tp_mrs.objectives import Objective, ard, awp, rslad
 
 FORMAT = "tp_mrs.finetuning_benchmark/1"
@@ -80,6 +86,7 @@ PASSES = {"digits": 24, "cifar10": 4}
 """Passes forward and backward for each training image, of the pruned network, that each recipe may spend."""
 
 TEST_IMAGES = {"digits": 500, "cifar10": 1000}
+SEEDS = (0, 1, 2)
 
 
 class Recipe(NamedTuple):
@@ -107,24 +114,46 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+NETWORK = {"digits": "narrow resnet18", "cifar10": "resnet18"}
+
+
+def subject_of(data_name: str, folder: str | None, seed: int, network: str | None = None) -> tuple[Subject, nn.Module]:
+    """A dense network, and a copy of it that has been pruned once."""
+    subject = Subject(load_data(data_name, folder), network or NETWORK[data_name], seed)
+    return subject, CONTENDERS[MAIN](subject, Budget("macs", MACS), 0)
+
+
+def finetuned(subject: Subject, pruned: nn.Module, label: str) -> tuple[nn.Module, Finetuning]:
+    """What a recipe makes of the pruned network; a run that has been made before is read from the cache."""
+    student, recipe = copy.deepcopy(pruned), RECIPES[label]
+    changes = {
+        "objective": recipe.objective(subject.model),
+        "attack": recipe.attack,
+        "epochs": PASSES[subject.data.name] / recipe.passes,
+        "checkpoint": cache_folder() / "benchmarks" / f"{subject.data.name}-{subject.seed}-{slug(label)}.safetensors",
+    }
+    return student, finetune(student, subject.train_data, **{**subject.finetuning, **changes})
+
+
+def slug(label: str) -> str:
+    return re.sub(r"\W+", "_", label)
+
+
 def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     """One dense network, pruned once, fine-tuned by every recipe."""
-    data = load_data(data_name, folder)
-    name = "narrow resnet18" if data_name == "digits" else "resnet18"
-    subject = Subject(data, name, seed)
-    teacher = subject.model
-    pruned = CONTENDERS[MAIN](subject, Budget("macs", MACS), 0)
-    rows = {"dense": assess(teacher, data), "pruned": assess(pruned, data)}
-    for label, recipe in RECIPES.items():
-        student = copy.deepcopy(pruned)
-        epochs = PASSES[data_name] / recipe.passes
-        changes = {"objective": recipe.objective(teacher), "attack": recipe.attack, "epochs": epochs}
-        seconds = timed(partial(finetune, student, subject.train_data, **{**subject.finetuning, **changes}))
-        rows[label] = {"epochs": round(epochs, 2), "seconds": round(seconds, 1), **assess(student, data)}
+    subject, pruned = subject_of(data_name, folder, seed)
+    rows = {"dense": accuracies(subject.model, subject.data), "pruned": accuracies(pruned, subject.data)}
+    for label in RECIPES:
+        student, record = finetuned(subject, pruned, label)
+        rows[label] = {
+            "epochs": round(PASSES[data_name] / RECIPES[label].passes, 2),
+            "seconds": round(sum(epoch.seconds for epoch in record.history), 1),
+            **accuracies(student, subject.data),
+        }
         print(f"{data_name} seed {seed}  {label:18} {rows[label]}", flush=True)
     return {
         "data": data_name,
-        "network": name,
+        "network": subject.network,
         "seed": seed,
         "macs": MACS,
         "passes": PASSES[data_name],
@@ -135,11 +164,66 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     }
 
 
-def assess(model: nn.Module, data: ImageData) -> dict[str, float]:
+def accuracies(model: nn.Module, data: ImageData) -> dict[str, float]:
     """Clean and PGD-20 accuracy."""
-    loader = make_loader(random_subset(data.test, TEST_IMAGES[data.name], seed=0), batch_size=250)
-    found = evaluate(model, loader, ["pgd-20"], eps=parse_eps(EPS[data.name]), latency=False, progress=False)
+    found = assess(model, data, ["pgd-20"])
     return {"clean": found.clean, "pgd-20": found.robust["pgd-20"]}
+
+
+def assess(model: nn.Module, data: ImageData, attacks: Sequence[str], images: int | None = None) -> Evaluation:
+    """On a sample of the test images, the same for all."""
+    loader = make_loader(random_subset(data.test, images or TEST_IMAGES[data.name], seed=0), batch_size=250)
+    return evaluate(model, loader, attacks, eps=parse_eps(EPS[data.name]), latency=False, progress=False)
+
+
+# --- precision: whether training in bf16 costs robustness -----------------------------------------------------------
+
+PRECISION_EPOCHS = 6
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32", "channels_last": False},
+    "bf16, channels_last": {"precision": "bf16", "channels_last": True},
+}
+
+
+def precision(seed: int) -> dict[str, Any]:
+    """One pruned network, whose shortcuts are wide enough for channels_last, by fast adversarial training in both."""
+    subject, pruned = subject_of("digits", None, seed, "resnet18")
+    rows = {}
+    for label, changes in PRECISIONS.items():
+        student = copy.deepcopy(pruned)
+        finetune(student, subject.train_data, **{**subject.finetuning, "epochs": PRECISION_EPOCHS, **changes})
+        rows[label] = assess(student, subject.data, ["pgd-20"]).to_dict()
+    return {
+        "data": "digits",
+        "network": subject.network,
+        "seed": seed,
+        "macs": MACS,
+        "pruned_by": MAIN,
+        "epochs": PRECISION_EPOCHS,
+        "training": FINETUNING["digits"],
+        "rows": rows,
+    }
+
+
+# --- AutoAttack ------------------------------------------------------------------------------------------------------
+
+AUTOATTACKED = ("dense", "fast AT", "PGD-AT", "MART")
+AUTOATTACK_IMAGES = 100
+
+
+def autoattack(data_name: str, folder: str | None, seed: int, label: str) -> dict[str, Any]:
+    """The dense network, or what a recipe has made of it, on the first of the images of `objectives`."""
+    subject, pruned = subject_of(data_name, folder, seed)
+    model = subject.model if label == "dense" else finetuned(subject, pruned, label)[0]
+    found = assess(model, subject.data, ["pgd-20", "autoattack"], AUTOATTACK_IMAGES)
+    return {
+        "data": data_name,
+        "network": subject.network,
+        "seed": seed,
+        "macs": MACS,
+        "recipe": label,
+        "evaluation": found.to_dict(),
+    }
 
 
 # --- running and reporting -------------------------------------------------------------------------------------------
@@ -148,9 +232,13 @@ def assess(model: nn.Module, data: ImageData) -> dict[str, float]:
 def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """File name and function of everything there is to do, with the data at hand."""
     yield "steps", steps
+    for seed in SEEDS:
+        yield f"precision-{seed}", partial(precision, seed)
     for data, folder in folders.items():
-        for seed in range(3):
+        for seed in SEEDS:
             yield f"objectives-{data}-{seed}", partial(objectives, data, folder, seed)
+    for label in AUTOATTACKED:
+        yield f"autoattack-digits-0-{slug(label)}", partial(autoattack, "digits", None, 0, label)
 
 
 def path_of(file: str) -> Path:
@@ -170,10 +258,12 @@ def report() -> str:
             f"**A step**, over its k + 1 passes forward and backward, fp32, batches of {run['batch_size']}: {cost}. "
             f"bf16 with channels_last, times faster than plain fp32: {faster}. On {run['device']}."
         )
-    for data in EPS:
-        runs = results(f"objectives-{data}-")
-        if runs:
-            parts.append(table(runs))
+    makers: list[tuple[str, Callable[[list[dict[str, Any]]], str]]] = [
+        ("precision", precision_table),
+        *((f"objectives-{data}-", table) for data in EPS),
+        ("autoattack", autoattack_table),
+    ]
+    parts += [make(runs) for part, make in makers if (runs := results(part))]
     return "\n\n".join(parts)
 
 
@@ -187,11 +277,50 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = []
     for label, example in first["rows"].items():
         cells = [f"{example['epochs']:.3g}" if "epochs" in example else ""]
-        for column in ("clean", "pgd-20"):
-            values = [100 * run["rows"][label][column] for run in runs]
-            cells.append(f"{statistics.mean(values):.1f} ({' '.join(f'{value:.1f}' for value in values)})")
+        cells += [each_seed([run["rows"][label][column] for run in runs]) for column in ("clean", "pgd-20")]
         rows.append([label, *cells])
     return f"{text}\n\n{markdown(['objective', 'epochs', 'clean', 'PGD-20'], rows)}"
+
+
+def each_seed(accuracies: Sequence[float]) -> str:
+    """The mean in %, in brackets each."""
+    values = [100 * accuracy for accuracy in accuracies]
+    return f"{statistics.mean(values):.1f} ({' '.join(f'{value:.1f}' for value in values)})"
+
+
+def precision_table(runs: list[dict[str, Any]]) -> str:
+    plain, *others = PRECISIONS
+    found = {label: [Evaluation.from_dict(run["rows"][label]) for run in runs] for label in PRECISIONS}
+    rows = []
+    for name, column in {"clean": "clean", "pgd-20": "PGD-20"}.items():
+        cells = [each_seed([each.accuracy(name) for each in found[label]]) for label in PRECISIONS]
+        for label in others:
+            pairs = zip(found[label], found[plain], strict=True)
+            apart = [one.outcome(name).astype(float) - other.outcome(name) for one, other in pairs]
+            cells.append(lead_text(bootstrap(apart)))
+        rows.append([column, *cells])
+    first = runs[0]
+    text = (
+        f"**Precision**: {first['data']}, {first['network']} pruned to {first['macs']:.0%} of the MACs, "
+        f"{first['epochs']} epochs of fast AT in either; mean over {len(runs)} seeds, in brackets each seed; "
+        f"{found[plain][0].images} test images. The 95% interval of the difference is from a bootstrap over seeds, and "
+        "over images within each."
+    )
+    header = ["accuracy", plain, *(name for label in others for name in (label, f"{label} less {plain}"))]
+    return f"{text}\n\n{markdown(header, rows)}"
+
+
+def autoattack_table(runs: list[dict[str, Any]]) -> str:
+    first, rows = runs[0], []
+    for run in sorted(runs, key=lambda run: (run["seed"], AUTOATTACKED.index(run["recipe"]))):
+        found = Evaluation.from_dict(run["evaluation"])
+        cells = [f"{100 * found.accuracy(name):.0f} ({found.interval_text(name)})" for name in ("clean", *found.robust)]
+        rows.append([run["recipe"], *cells])
+    text = (
+        f"**AutoAttack**, {first['data']}, {first['network']} of seed {first['seed']} and what recipes of the table "
+        f"above make of it at {first['macs']:.0%} of the MACs; {found.images} test images, in brackets 95% intervals."
+    )
+    return f"{text}\n\n{markdown(['objective', 'clean', 'PGD-20', 'AutoAttack'], rows)}"
 
 
 def main() -> None:

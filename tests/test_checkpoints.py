@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patched:
         patched.setattr("tp_mrs.files.os.fsync", full)
-        with pytest.raises(InputError, match=r"checkpoint: .*No space left.*is intact"):
+        with pytest.raises(InputError, match=r"^checkpoint: cannot write .*No space left.*is intact"):
             train("list", objective=stopping(0), checkpoint=path)
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir()] == [path.name]

@@ -249,6 +249,15 @@ def test_int32_labels(batches: Batches) -> None:
     assert finetune(small_cnn(), [(images, labels.int()) for images, labels in batches]).images == 12
 
 
+def test_a_batch_that_is_too_small_for_its_norms(batches: Batches) -> None:
+    model = small_cnn().append(nn.BatchNorm1d(4))  # type: ignore[operator]
+    images, labels = batches[0]
+    message = "train_data: BatchNorm cannot train on a batch of 1 .*; use larger batches, and drop_last=True"
+    for data, weights in (([(images[:1], labels[:1])], True), ([batches[0], (images[:1], labels[:1])], False)):
+        with unchanged(model, weights=weights), pytest.raises(InputError, match=message):
+            finetune(model, data, objective="standard")
+
+
 def test_a_loss_that_is_not_finite_stops_training(batches: Batches) -> None:
     def explodes(model: nn.Module, images: Tensor, labels: Tensor, attack: Any) -> Tensor:
         return model(images).sum() * float("nan")

@@ -85,7 +85,8 @@ class Checkpoint:
                     tensorfile.write(self.path, {"run": self.run, "state": packed}, tensors, format=FORMAT)
                 except InputError as error:
                     raise InputError(
-                        f"checkpoint: {error}; the one written before, if any, is intact: start again to go on from it"
+                        f"checkpoint: {str(error).removeprefix('path: ')}; the one written before, if any, is intact: "
+                        "start again to go on from it"
                     ) from error
 
 

@@ -236,6 +236,23 @@ def check_loss(loss: object) -> Tensor:
     )
 
 
+def loss_of(objective: Objective, model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> Tensor:
+    """What the objective returns, checked.
+
+    Raises:
+        InputError: it is no loss; or the model's BatchNorm cannot do with so few images.
+    """
+    try:
+        return check_loss(objective(model, images, labels, attack))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"train_data: BatchNorm cannot train on a batch of {len(images)} ({error}); use larger batches, and "
+            "drop_last=True where the last one is smaller"
+        ) from error
+
+
 def try_out(objective: Objective, model: nn.Module, images: Tensor, labels: Tensor, attack: Perturb) -> None:
     """Raise `InputError` unless the function works as an objective on these images."""
     attacked: list[Exception] = []
@@ -248,7 +265,7 @@ def try_out(objective: Objective, model: nn.Module, images: Tensor, labels: Tens
             raise
 
     try:
-        check_loss(objective(model, images, labels, watched))
+        loss_of(objective, model, images, labels, watched)
     except (TypeError, AttributeError) as error:
         if error in attacked:
             raise

@@ -17,7 +17,7 @@ from .batches import num_classes
 from .borrowing import borrowed
 from .errors import InputError, check_batch, device_of
 from .numerics import Precision, autocast
-from .objectives import Objective, check_loss
+from .objectives import Objective, loss_of
 from .processes import add_up, gather, place, share
 
 
@@ -78,7 +78,7 @@ class Update:
             return attacked
 
         with autocast(images.device, self.precision):
-            return check_loss(self.objective(self.model, images, labels, recorded))
+            return loss_of(self.objective, self.model, images, labels, recorded)
 
     def _check_all_used(self) -> None:
         """Raise `InputError` if several processes train what the loss does not depend on: they would go apart."""
