@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Subject
+from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Contender, Subject
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
@@ -168,17 +168,31 @@ def sizes(model: nn.Module, subject: Subject) -> dict[str, Any]:
 
 
 def do(
-    work: Work, epochs: Sequence[float], contenders: Sequence[str], test_images: int, folder: Path, data_dir: str | None
+    work: Work,
+    epochs: Sequence[float],
+    contenders: Mapping[str, Contender],
+    test_images: int,
+    folder: Path,
+    data_dir: str | None = None,
 ) -> None:
-    """All missing cells of one budget and seed, and the missing points of their curves."""
+    """All missing cells of one budget and seed, and the missing points of their curves.
+
+    Args:
+        work: what to prune, and to what.
+        epochs: of fine-tuning; 0 for none.
+        contenders: by name, those of `CONTENDERS` and your own.
+        test_images: how many to evaluate on.
+        folder: for the cells; `report.comparisons` reads them.
+        data_dir: folder with the data sets; digits need none.
+    """
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
     settings = settings_of(work, test_images)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
         dense.add(**assess(subject.model, subject, test_images), **sizes(subject.model, subject))
-    for contender in contenders:
-        cell = Cell(path_of(folder, work, contender), {**head, "contender": contender, "budget": work.budget}, settings)
+    for name, contender in contenders.items():
+        cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
             if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
                 start = time.perf_counter()
@@ -186,13 +200,13 @@ def do(
                 seconds = time.perf_counter() - start
                 budget = f"{work.budget.measure} {work.budget.target:.0%}"
                 where = f"{work.data}/{work.network} {budget} seed {work.seed}"
-                print(f"{where}  {contender}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+                print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subject) -> str:
+def fill_in(cell: Cell, work: Work, contender: Contender, point: float, subject: Subject) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
-        model = CONTENDERS[contender](subject, work.budget, point)
+        model = contender(subject, work.budget, point)
     except (InputError, DivergenceError) as error:
         cell.add(failed=str(error))
         return str(error)
@@ -202,6 +216,11 @@ def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subje
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _do_named(work: Work, epochs: Sequence[float], names: Sequence[str], *rest: Any) -> None:
+    """`do` in another process, which names reach, and functions don't."""
+    do(work, epochs, {name: CONTENDERS[name] for name in names}, *rest)
 
 
 def _start(threads: int) -> None:
@@ -245,7 +264,7 @@ def main() -> None:
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
         rest = (contenders, tier.test_images, arguments.out, arguments.data_dir)
-        tasks = [pool.submit(do, one, epochs, *rest) for one, epochs in work]
+        tasks = [pool.submit(_do_named, one, epochs, *rest) for one, epochs in work]
         for task in as_completed(tasks):
             task.result()
 
