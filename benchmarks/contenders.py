@@ -184,11 +184,16 @@ def plain(importance: Callable[[], Any]) -> Make:
     return lambda subject, model: importance()
 
 
-def taylor(kind: str) -> Make:
+def with_gradients(importance: Callable[[], Any], kind: str = "adversarial") -> Make:
+    """One that reads each parameter's `.grad`: the mean gradient on `"adversarial"` or `"clean"` images."""
+
     def make(subject: Subject, model: nn.Module) -> Any:
-        return Lent(model, tp.importance.TaylorImportance(), evidence(subject, kind).measurement.gradients)
+        return Lent(model, importance(), evidence(subject, kind).measurement.gradients)
 
     return make
+
+
+taylor = partial(with_gradients, tp.importance.TaylorImportance)
 
 
 def hessian(kind: str) -> Make:

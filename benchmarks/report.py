@@ -68,10 +68,15 @@ class Comparison:
     def seeds(self, contender: str, point: str) -> list[int]:
         return sorted(seed for seed, cell in self.cells.get(contender, {}).items() if point in cell.get("curve", {}))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the contenders with cells: in the order of `CONTENDERS`, then those of your own."""
+        return [*(name for name in CONTENDERS if name in self.cells), *sorted(set(self.cells) - set(CONTENDERS))]
+
     def common(self, point: str) -> list[str]:
         """Contenders with results for all seeds that the main one has."""
         wanted = self.seeds(MAIN, point)
-        return [name for name in CONTENDERS if wanted and set(wanted) <= set(self.seeds(name, point))]
+        return [name for name in self.names if wanted and set(wanted) <= set(self.seeds(name, point))]
 
     def accuracy(self, contender: str, point: str, attack: str = ATTACK) -> float:
         """Mean over seeds, in %."""
@@ -215,8 +220,8 @@ def budget_table(comparison: Comparison) -> str:
         name = "one shot" if float(point) == 0 else epochs_text(point)
         header += [*(f"{COLUMNS[column]}, {name}" for column in columns), f"{MAIN} less this"]
     rows = []
-    for name in CONTENDERS:
-        cells = comparison.cells.get(name, {})
+    for name in comparison.names:
+        cells = comparison.cells[name]
         if not any("curve" in cell for cell in cells.values()):
             continue
         row = [f"**{name}**" if name in OURS else name]
@@ -246,7 +251,7 @@ def budget_table(comparison: Comparison) -> str:
 def rank_table(found: Sequence[Comparison]) -> str:
     """Mean rank over all networks and budgets, one shot, of contenders that took part in all."""
     found = [comparison for comparison in found if comparison.seeds(MAIN, "0")]
-    names = [name for name in CONTENDERS if found and all(name in comparison.common("0") for comparison in found)]
+    names = [name for name in found[0].common("0") if all(name in one.common("0") for one in found)] if found else []
     if len(names) < 2:
         return ""
     ranks: dict[str, list[int]] = {name: [] for name in names}

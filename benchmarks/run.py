@@ -17,9 +17,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Subject
+from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Contender, Subject
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
@@ -39,6 +40,9 @@ from tp_mrs.pruning import LAYERS
 
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
+
+Prune = Callable[[float], nn.Module]  # to so many epochs of fine-tuning
+Assess = Callable[[nn.Module], dict[str, Any]]
 
 
 class Work(NamedTuple):
@@ -176,11 +180,11 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
     }
 
 
-def assess(model: nn.Module, subject: Subject, tier: Tier) -> dict[str, Any]:
+def assess(model: nn.Module, subject: Subject, test_images: int, attacks: Sequence[str]) -> dict[str, Any]:
     """Accuracies, and whether each test image was right."""
-    test = make_loader(random_subset(subject.data.test, tier.test_images, seed=0), batch_size=250)
+    test = make_loader(random_subset(subject.data.test, test_images, seed=0), batch_size=250)
     model = model.to(memory_format=torch.channels_last)
-    found = evaluate(model, test, tier.attacks, eps=subject.eps, latency=False, progress=False)
+    found = evaluate(model, test, attacks, eps=subject.eps, latency=False, progress=False)
     return {"clean": found.clean, **found.robust, "outcomes": found.outcomes, "warnings": found.warnings}
 
 
@@ -192,36 +196,56 @@ def sizes(model: nn.Module, subject: Subject) -> dict[str, Any]:
     return {name: f / d for name, f, d in zip(measures, found, dense, strict=True)} | {"widths": layers}
 
 
-def do(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
-    """All missing cells of one budget and seed, and the missing points of their curves."""
+def do(
+    work: Work,
+    epochs: Sequence[float],
+    contenders: Mapping[str, Contender],
+    folder: Path,
+    data_dir: str | None = None,
+    *,
+    test_images: int = 500,
+    attacks: Sequence[str] = ("pgd-20",),
+) -> None:
+    """All missing cells of one budget and seed, and the missing points of their curves.
+
+    Args:
+        work: what to prune, and to what.
+        epochs: of fine-tuning; 0 for none.
+        contenders: by name, those of `CONTENDERS` and your own.
+        folder: for the cells; `report.comparisons` reads them.
+        data_dir: folder with the data sets; digits need none.
+        test_images: how many to evaluate on.
+        attacks: to evaluate with.
+    """
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
-    settings = settings_of(work, tier.test_images)
+    settings = settings_of(work, test_images)
+    assessed = partial(assess, subject=subject, test_images=test_images, attacks=attacks)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
-        dense.add(**assess(subject.model, subject, tier), **sizes(subject.model, subject))
-    for contender in tier.contenders:
-        cell = Cell(path_of(folder, work, contender), {**head, "contender": contender, "budget": work.budget}, settings)
+        dense.add(**assessed(subject.model), **sizes(subject.model, subject))
+    for name, contender in contenders.items():
+        cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
             if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
                 start = time.perf_counter()
-                shown = fill_in(cell, work, contender, point, subject, tier)
+                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), assessed)
                 seconds = time.perf_counter() - start
                 budget = f"{work.budget.measure} {work.budget.target:.0%}"
                 where = f"{work.data}/{work.network} {budget} seed {work.seed}"
-                print(f"{where}  {contender}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+                print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, work: Work, contender: str, point: float, subject: Subject, tier: Tier) -> str:
+def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, assessed: Assess) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
-        model = CONTENDERS[contender](subject, work.budget, point)
+        model = prune(point)
     except (InputError, DivergenceError) as error:
         cell.add(failed=str(error))
         return str(error)
-    found = assess(model, subject, tier)
+    found = assessed(model)
     cell.add(**sizes(model, subject), curve={**cell.content.get("curve", {}), f"{point:g}": found})
-    return ", ".join(f"{name} {100 * found[name]:.1f}" for name in ("clean", *tier.attacks))
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items() if isinstance(value, float))
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -237,6 +261,12 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
         except InputError as error:
             print(f"{name} is left out: {error}", flush=True)
     return found
+
+
+def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
+    """`do` in another process, which names reach, and functions don't."""
+    contenders = {name: CONTENDERS[name] for name in tier.contenders}
+    do(work, epochs, contenders, folder, data_dir, test_images=tier.test_images, attacks=tier.attacks)
 
 
 def _start(threads: int) -> None:
@@ -280,7 +310,7 @@ def main() -> None:
         parser.error(f"nothing of this tier is left to run; it has {grid}, and all but digits need --data-dir")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
-        tasks = [pool.submit(do, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
+        tasks = [pool.submit(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
         for task in as_completed(tasks):
             task.result()
 

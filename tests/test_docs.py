@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tp_mrs
-from docs import command_line, picture
+from docs import command_line, gallery, picture
 from tests.conftest import run_python_blocks
 from tp_mrs.cli import COMMANDS
 
@@ -69,6 +69,23 @@ def test_every_command_is_there_with_its_options(tmp_path: Path) -> None:
 
 def test_the_picture_is_that_of_the_results() -> None:
     assert picture.drawing() == read(picture.PICTURE), "run python -m docs.picture"
+
+
+def test_the_gallery_shows_every_picture() -> None:
+    shown = re.findall(r"\]\(images/gallery/([\w.]+)\)", read(DOCS / "gallery.md"))
+    assert sorted(shown) == sorted(path.name for path in gallery.GALLERY.iterdir())
+
+
+@pytest.mark.slow
+def test_the_gallery_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gallery.draw(tmp_path / "drawn")
+    drawn = {path.name: read(path) for path in (tmp_path / "drawn").iterdir()}
+    assert set(drawn) == {path.name for path in gallery.GALLERY.iterdir()}
+    for content in drawn.values():
+        assert content.rstrip().endswith(("</svg>", "</html>"))
+        assert str(tmp_path) not in content
+    assert "ms, one image" not in drawn["report.html"]
 
 
 def test_numbers_are_those_of_the_benchmarks() -> None:

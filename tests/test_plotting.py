@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from tp_mrs import Evaluation, InputError
 from tp_mrs.epochlog import read_epochs
-from tp_mrs.plotting import plot_robustness, plot_training, plot_widths, to_svg
+from tp_mrs.plotting import plot_robustness, plot_tradeoff, plot_training, plot_widths, to_image, to_svg
 from tp_mrs.training import Epoch
 
 
@@ -51,6 +52,17 @@ def test_accuracy_against_eps_begins_with_the_clean_one() -> None:
         plot_robustness({"dense": [evaluation(0.1, 72, 40)], "pruned": []})
 
 
+def test_accuracy_against_macs() -> None:
+    small = replace(evaluation(0.1, 72, 20), macs=1_000_000)
+    (axis,) = plot_tradeoff({"uniform": [evaluation(0.1, 72, 40), small]}, "fgsm").axes
+    line = axis.lines[0]
+    assert np.asarray(line.get_xdata()).tolist() == [1, 2]
+    assert np.asarray(line.get_ydata()).tolist() == pytest.approx([25, 50])
+    assert "under fgsm" in axis.get_title(loc="left")
+    with pytest.raises(InputError, match="curves: expected evaluations of each model, found none of any"):
+        plot_tradeoff({})
+
+
 def test_training_curves_of_the_last_run_in_a_log(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     runs = [[Epoch(1, 8, 2.0, 0.1), Epoch(2, 8, 1.5, 0.1)], [Epoch(1, 8, 1.0, 0.1, 0.9, 0.5)]]
@@ -65,6 +77,13 @@ def test_training_curves_of_the_last_run_in_a_log(tmp_path: Path) -> None:
         read_epochs(log)
     with pytest.raises(InputError, match="path: cannot read"):
         read_epochs(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_same_picture_is_the_same_file(kind: Literal["png", "svg"]) -> None:
+    first, second = (to_image(plot_widths({"stem": (8, 4)}), kind) for _ in range(2))
+    assert first == second
+    assert b"<dc:date>" not in first
 
 
 def test_svg_stands_in_a_page() -> None:

@@ -135,32 +135,31 @@ def test_scores_of_your_own(subject: Subject) -> None:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 WORK = run.Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
-FEW = ("random, uniform", "L2, uniform", MAIN)
-
-
-def tier(*contenders: str, test_images: int = 20) -> run.Tier:
-    return run.Tier({}, contenders=contenders, test_images=test_images)
+FEW = {name: CONTENDERS[name] for name in ("random, uniform", "L2, uniform", MAIN)}
 
 
 @pytest.fixture
 def cells(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run, "Subject", lambda *_: subject)
-    run.do(WORK, (0,), tier(*FEW), tmp_path, None)
+    run.do(WORK, (0,), FEW, tmp_path, test_images=20)
     return tmp_path
 
 
-def test_what_is_there_is_not_done_again(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _refuse(*_: Any) -> nn.Module:
+    raise InputError("macs: out of reach")
+
+
+def test_what_is_there_is_not_done_again(cells: Path) -> None:
     before = {path: path.read_bytes() for path in cells.rglob("*.json")}
     assert len(before) == 1 + len(FEW)
-    monkeypatch.setattr(run, "CONTENDERS", {})
-    run.do(WORK, (0,), tier(*FEW), cells, None)
+    run.do(WORK, (0,), dict.fromkeys(FEW, _refuse), cells, test_images=20)
     assert {path: path.read_bytes() for path in cells.rglob("*.json")} == before
 
 
 def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
     path = run.path_of(cells, WORK, MAIN)
     one_shot = read_json(path, run.FORMAT)["curve"]["0"]
-    run.do(WORK, (0, 0.02), tier(MAIN), cells, None)
+    run.do(WORK, (0, 0.02), {MAIN: CONTENDERS[MAIN]}, cells, test_images=20)
     curve = read_json(path, run.FORMAT)["curve"]
     assert list(curve) == ["0", "0.02"]
     assert curve["0"] == one_shot
@@ -168,21 +167,25 @@ def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
 
 def test_other_settings_are_refused(cells: Path) -> None:
     with pytest.raises(InputError, match=r"^out: .* made with other settings; remove it"):
-        run.do(WORK, (0,), tier(*FEW, test_images=30), cells, None)
+        run.do(WORK, (0,), FEW, cells, test_images=30)
 
 
 def test_a_contender_that_cannot_meet_the_budget_is_reported(
     tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> nn.Module:
-        raise InputError("macs: out of reach")
-
     monkeypatch.setattr(run, "Subject", lambda *_: subject)
-    monkeypatch.setattr(run, "CONTENDERS", {**CONTENDERS, "L2, uniform": refuse})
-    run.do(WORK, (0,), tier("L2, uniform", MAIN), tmp_path, None)
+    run.do(WORK, (0,), {"L2, uniform": _refuse, MAIN: CONTENDERS[MAIN]}, tmp_path, test_images=20)
     (comparison,) = report.comparisons(tmp_path)
     assert comparison.common("0") == [MAIN]
     assert "L2, uniform: macs: out of reach" in report.budget_table(comparison)
+
+
+def test_a_contender_of_your_own_stands_in_the_tables(cells: Path) -> None:
+    run.do(WORK, (0,), {"mine": CONTENDERS["L2, uniform"]}, cells, test_images=20)
+    (comparison,) = report.comparisons(cells)
+    assert comparison.names == [*FEW, "mine"]
+    assert comparison.accuracy("mine", "0") == comparison.accuracy("L2, uniform", "0")
+    assert report.tables([comparison]).count("\n| mine |") == 2  # its rank, and all about it
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

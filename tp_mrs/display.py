@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .evaluation import Evaluation
 from .files import write_bytes
 from .pipeline import Report
-from .plotting import plot_robustness, plot_training, plot_widths
+from .plotting import plot_robustness, plot_training, plot_widths, to_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,8 +123,7 @@ def pictures(report: Report) -> dict[str, Figure]:
     return found
 
 
-def save_figure(figure: Any, stem: Path) -> None:
-    for kind in ("png", "svg"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150)
-        write_bytes(stem.with_suffix(f".{kind}"), buffer.getvalue())
+def save_figure(figure: Figure, stem: Path) -> None:
+    """As PNG and as SVG, the same bytes for the same figure."""
+    write_bytes(stem.with_suffix(".png"), to_image(figure, "png"))
+    write_bytes(stem.with_suffix(".svg"), to_image(figure, "svg"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError
 
@@ -36,12 +36,12 @@ def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | Non
     order = {name: index for index, name in enumerate(sensitivity.modules)}
     names = sorted(sensitivity.groups, key=lambda name: order.get(name, len(order)))
     panels = [
-        ("worst case: MRS (nats)", BLUE, sensitivity.groups, _whiskers(sensitivity, "groups", names)),
-        ("typical: T (nats)", GREEN, sensitivity.typical, _whiskers(sensitivity, "typical", names)),
+        ("worst change: MRS (nats)", BLUE, sensitivity.groups, _whiskers(sensitivity, "groups", names)),
+        ("typical change: T (nats)", GREEN, sensitivity.typical, _whiskers(sensitivity, "typical", names)),
     ]
     if ratios is not None:
         panels.append(("channels removed (%)", ORANGE, {name: 100 * ratios.get(name, 0.0) for name in names}, None))
-    figure = _figure(2.5 + 3 * len(panels), 1.6 + 0.26 * len(names))
+    figure = _figure(2.2 + 2.1 * len(panels), 1.7 + 0.26 * len(names))
     axes = figure.subplots(1, len(panels), sharey=True)
     rows = range(len(names))
     for axis, (label, colour, values, whiskers) in zip(axes, panels, strict=True):
@@ -49,15 +49,20 @@ def plot_sensitivity(sensitivity: Sensitivity, ratios: Mapping[str, float] | Non
         axis.barh(rows, [values[name] for name in names], color=colour, xerr=whiskers, error_kw=style)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
+        axis.xaxis.set_major_formatter("{x:g}")
         _tidy(axis, "x")
     _name_rows(axes[0], names)
     if ratios is not None:
         axes[-1].set_xlim(0, 100)
+    settings = sensitivity.settings
     figure.suptitle(
-        f"Module Robustness Sensitivity: robust cross-entropy lost, {sensitivity.images} images, "
-        f"ε = {sensitivity.settings.get('epsilon', '?')} ({sensitivity.settings.get('estimator', '?')})",
+        f"Rise of the loss on attacked images when weights change by {settings.get('epsilon', '?')} of their norm\n"
+        f"{sensitivity.images} images, estimator {settings.get('estimator', '?')}"
+        + (", with 95% intervals" if sensitivity.has_intervals else ""),
         fontsize="medium",
+        x=0.02,
+        ha="left",
     )
     return figure
 
@@ -103,27 +108,59 @@ def plot_robustness(curves: Mapping[str, Sequence[Evaluation]], name: str = "wor
     Raises:
         InputError: a model has no evaluation.
     """
+    lines = {}
+    for model, evaluations in _checked(curves).items():
+        ordered = sorted(evaluations, key=lambda each: each.eps)
+        lines[model] = [(0.0, ordered[0], "clean"), *((each.eps, each, name) for each in ordered if each.eps > 0)]
+    figure = _accuracies(lines, name)
+    figure.axes[0].set_xlabel("perturbation size ε, for images in [0, 1] (0: clean)")
+    return figure
+
+
+def plot_tradeoff(curves: Mapping[str, Sequence[Evaluation]], name: str = "worst") -> Figure:
+    """Lines of accuracy against multiply-accumulates, with 95% intervals.
+
+    Args:
+        curves: name of each way of pruning → evaluations of what it made for several budgets, under the same attacks.
+        name: of the accuracy, as for `Evaluation.accuracy`.
+
+    Raises:
+        InputError: one has no evaluation.
+    """
+    ordered = {way: sorted(evaluations, key=lambda each: each.macs) for way, evaluations in _checked(curves).items()}
+    figure = _accuracies(
+        {way: [(each.macs / 1e6, each, name) for each in found] for way, found in ordered.items()}, name
+    )
+    axis = figure.axes[0]
+    axis.set_xlabel("multiply-accumulates for one image (millions)")
+    axis.set_xlim(left=0)
+    return figure
+
+
+def _checked(curves: Mapping[str, Sequence[Evaluation]]) -> Mapping[str, Sequence[Evaluation]]:
     empty = [model for model, evaluations in curves.items() if not evaluations]
     if empty or not curves:
         raise InputError(f"curves: expected evaluations of each model, found none of {', '.join(empty) or 'any'}")
+    return curves
+
+
+def _accuracies(lines: Mapping[str, Sequence[tuple[float, Evaluation, str]]], name: str) -> Figure:
+    """Lines of points, each of which has its place, an evaluation, and the name of the accuracy there."""
     figure = _figure(6.5, 4.2)
     axis = figure.subplots()
-    for index, (model, evaluations) in enumerate(curves.items()):
-        ordered = sorted(evaluations, key=lambda each: each.eps)
-        points = [(0.0, ordered[0], "clean"), *((each.eps, each, name) for each in ordered if each.eps > 0)]
+    for index, (label, points) in enumerate(lines.items()):
         heights = [100 * each.accuracy(of) for _, each, of in points]
         ends = [each.interval(of) for _, each, of in points]
         below = [max(height - 100 * low, 0.0) for height, (low, _) in zip(heights, ends, strict=True)]
         above = [max(100 * high - height, 0.0) for height, (_, high) in zip(heights, ends, strict=True)]
-        axis.errorbar([eps for eps, _, _ in points], heights, (below, above), label=model, capsize=3, **_look(index))
-    first = next(iter(curves.values()))[0]
-    attacks = ", ".join(first.robust)
-    axis.set_xlabel("perturbation size ε, for images in [0, 1] (0: clean)")
+        axis.errorbar([x for x, _, _ in points], heights, (below, above), label=label, capsize=3, **_look(index))
+    first = next(iter(lines.values()))[0][1]
     axis.set_ylabel("accuracy (%)")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(-2, 102)
     _tidy(axis, "both")
     axis.legend(frameon=False)
-    what = f"in the worst case of {attacks}" if name == "worst" else f"under {name}"
+    attacks = (list(first.robust) or ["no attack"]) if name == "worst" else [name]
+    what = f"in the worst case of {', '.join(attacks)}" if len(attacks) > 1 else f"under {attacks[0]}"
     title = f"Accuracy {what}\n{first.images} images, with 95% intervals"
     axis.set_title(title, fontsize="medium", loc="left", parse_math=False)
     return figure
@@ -136,7 +173,7 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]]) -> Figure:
         runs: name of each → its epochs, such as `Finetuning.history` or what `epochlog.read_epochs` returns.
     """
     measured = any(epoch.robust is not None for epochs in runs.values() for epoch in epochs)
-    figure = _figure(4.7 * (1 + measured), 3.6)
+    figure = _figure(4.2 * (1 + measured), 3.6)
     axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
     for index, (name, epochs) in enumerate(runs.items()):
         axes[0].plot([each.epoch for each in epochs], [each.loss for each in epochs], label=name, **_look(index))
@@ -155,15 +192,20 @@ def plot_training(runs: Mapping[str, Sequence[Epoch]]) -> Figure:
     return figure
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element to stand in an HTML page among others: nothing but shapes, the same every time."""
+def to_image(figure: Figure, kind: Literal["png", "svg"], *, transparent: bool = False) -> bytes:
+    """The figure as a file, the same every time."""
     from matplotlib import rc_context
 
-    text = io.StringIO()
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type") if kind == "svg" else ("Software",))
     with rc_context({"svg.hashsalt": "tp_mrs"}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    content = text.getvalue()
+        figure.savefig(buffer, format=kind, dpi=150, transparent=transparent, metadata=nothing)
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element to stand in an HTML page among others: nothing but shapes, the same every time."""
+    content = to_image(figure, "svg", transparent=True).decode()
     return re.sub(r' (id="[\w.]+_\d+"|xmlns(:xlink)?="[^"]*")', "", content[content.index("<svg") :])
 
 
