@@ -425,3 +425,11 @@ def test_an_attack_that_expects_normalised_images(batches: Batches) -> None:
     attack.set_normalization_used([0.5] * 3, [0.5] * 3)
     with pytest.raises(InputError, match=r"tp_mrs\.normalize"):
         measure_sensitivity(model, batches, attack, example_inputs=EXAMPLE)
+
+
+def test_a_sensitivity_of_the_first_release() -> None:
+    """Written by 0.1.0 and kept as it is: later versions read it."""
+    found = Sensitivity.load(Path(__file__).parent / "files" / "sensitivity-0.1.0.json")
+    assert found.groups["layer4.0.downsample.1"] == pytest.approx(0.006600348)
+    assert found.units["layer4.0.downsample.1"][0] == pytest.approx(0.1551989)
+    assert found.images == 32

@@ -383,3 +383,11 @@ def test_a_model_is_no_factory(tmp_path: Path) -> None:
     path = save(small_cnn(), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="factory: expected a function"):
         load(path, factory=small_cnn())
+
+
+def test_a_model_of_the_first_release() -> None:
+    """Written by 0.1.0 and kept as it is: later versions read it."""
+    model: Any = load(Path(__file__).parent / "files" / "model-0.1.0.safetensors")
+    assert model.class_names == ["a", "b", "c"]
+    logits = model(torch.linspace(0, 1, 256).view(1, 1, 16, 16))
+    torch.testing.assert_close(logits, torch.tensor([[2.921901, 2.643299, 2.628636]]), rtol=1e-4, atol=1e-4)

@@ -64,7 +64,10 @@ def read_json(path: str | Path, format: str) -> dict[str, Any]:
         raise InputError(f"path: {path} is not valid JSON ({error})") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
-        raise InputError(f"path: expected {path} to hold {format!r}, found {found!r}")
+        raise InputError(
+            f"path: expected {path} to hold {format!r}, found {found!r}; give a file of that kind, and make one of "
+            "another version anew"
+        )
     return dict(content)
 
 
