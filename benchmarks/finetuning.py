@@ -39,6 +39,7 @@ from tp_mrs.dense import cache_folder
 from tp_mrs.files import read_json, write_json
 from tp_mrs.finetuning import Finetuning
 from tp_mrs.objectives import Objective, ard, awp, rslad
+from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.finetuning_benchmark/1"
 
@@ -126,11 +127,12 @@ def subject_of(data_name: str, folder: str | None, seed: int, network: str | Non
 def finetuned(subject: Subject, pruned: nn.Module, label: str) -> tuple[nn.Module, Finetuning]:
     """What a recipe makes of the pruned network; a run that has been made before is read from the cache."""
     student, recipe = copy.deepcopy(pruned), RECIPES[label]
+    start = checksum(tensors_of(pruned))[:8]
     changes = {
         "objective": recipe.objective(subject.model),
         "attack": recipe.attack,
         "epochs": PASSES[subject.data.name] / recipe.passes,
-        "checkpoint": cache_folder() / "benchmarks" / f"{subject.data.name}-{subject.seed}-{slug(label)}.safetensors",
+        "checkpoint": cache_folder() / "benchmarks" / f"{subject.data.name}-{start}-{slug(label)}.safetensors",
     }
     return student, finetune(student, subject.train_data, **{**subject.finetuning, **changes})
 
