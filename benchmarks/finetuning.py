@@ -115,6 +115,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+PLAIN = "fast AT"
+"""The one that others are compared with."""
+
 NETWORK = {"digits": "narrow resnet18", "cifar10": "resnet18"}
 
 
@@ -144,15 +147,17 @@ def slug(label: str) -> str:
 def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
     """One dense network, pruned once, fine-tuned by every recipe."""
     subject, pruned = subject_of(data_name, folder, seed)
-    rows = {"dense": accuracies(subject.model, subject.data), "pruned": accuracies(pruned, subject.data)}
+    evaluated = partial(assess, data=subject.data, attacks=["pgd-20"])
+    rows = {"dense": evaluated(subject.model).to_dict(), "pruned": evaluated(pruned).to_dict()}
     for label in RECIPES:
         student, record = finetuned(subject, pruned, label)
+        found = evaluated(student)
         rows[label] = {
             "epochs": round(PASSES[data_name] / RECIPES[label].passes, 2),
             "seconds": round(sum(epoch.seconds for epoch in record.history), 1),
-            **accuracies(student, subject.data),
+            **found.to_dict(),
         }
-        print(f"{data_name} seed {seed}  {label:18} {rows[label]}", flush=True)
+        print(f"{data_name} seed {seed}  {label:18} {found}", flush=True)
     return {
         "data": data_name,
         "network": subject.network,
@@ -161,15 +166,8 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
         "passes": PASSES[data_name],
         "pruned_by": MAIN,
         "training": FINETUNING[data_name],
-        "test_images": TEST_IMAGES[data_name],
         "rows": rows,
     }
-
-
-def accuracies(model: nn.Module, data: ImageData) -> dict[str, float]:
-    """Clean and PGD-20 accuracy."""
-    found = assess(model, data, ["pgd-20"])
-    return {"clean": found.clean, "pgd-20": found.robust["pgd-20"]}
 
 
 def assess(model: nn.Module, data: ImageData, attacks: Sequence[str], images: int | None = None) -> Evaluation:
@@ -271,17 +269,34 @@ def report() -> str:
 
 def table(runs: list[dict[str, Any]]) -> str:
     first = runs[0]
+    found = {label: evaluations(runs, label) for label in first["rows"]}
     text = (
         f"**{first['data']}**, {first['network']} pruned to {first['macs']:.0%} of the MACs, {first['passes']} passes "
         f"for each training image; mean over {len(runs)} seeds, in brackets each seed; "
-        f"{first['test_images']} test images."
+        f"{found[PLAIN][0].images} test images, intervals as above."
     )
     rows = []
-    for label, example in first["rows"].items():
-        cells = [f"{example['epochs']:.3g}" if "epochs" in example else ""]
-        cells += [each_seed([run["rows"][label][column] for run in runs]) for column in ("clean", "pgd-20")]
+    for label, each in found.items():
+        recipe = label in RECIPES
+        cells = [f"{first['rows'][label]['epochs']:.3g}" if recipe else ""]
+        cells += [each_seed([one.accuracy(name) for one in each]) for name in COLUMNS]
+        cells.append(lead(each, found[PLAIN], "pgd-20") if recipe and label != PLAIN else "")
         rows.append([label, *cells])
-    return f"{text}\n\n{markdown(['objective', 'epochs', 'clean', 'PGD-20'], rows)}"
+    return f"{text}\n\n{markdown(['objective', 'epochs', *COLUMNS.values(), f'PGD-20, less {PLAIN}'], rows)}"
+
+
+COLUMNS = {"clean": "clean", "pgd-20": "PGD-20"}
+
+
+def evaluations(runs: list[dict[str, Any]], label: str) -> list[Evaluation]:
+    """One for each seed."""
+    return [Evaluation.from_dict(run["rows"][label]) for run in runs]
+
+
+def lead(ones: Sequence[Evaluation], others: Sequence[Evaluation], name: str) -> str:
+    """How far the ones are ahead, in points, with its interval; seed by seed on the same images."""
+    pairs = zip(ones, others, strict=True)
+    return lead_text(bootstrap([one.outcome(name).astype(float) - other.outcome(name) for one, other in pairs]))
 
 
 def each_seed(accuracies: Sequence[float]) -> str:
@@ -292,15 +307,11 @@ def each_seed(accuracies: Sequence[float]) -> str:
 
 def precision_table(runs: list[dict[str, Any]]) -> str:
     plain, *others = PRECISIONS
-    found = {label: [Evaluation.from_dict(run["rows"][label]) for run in runs] for label in PRECISIONS}
+    found = {label: evaluations(runs, label) for label in PRECISIONS}
     rows = []
-    for name, column in {"clean": "clean", "pgd-20": "PGD-20"}.items():
+    for name, column in COLUMNS.items():
         cells = [each_seed([each.accuracy(name) for each in found[label]]) for label in PRECISIONS]
-        for label in others:
-            pairs = zip(found[label], found[plain], strict=True)
-            apart = [one.outcome(name).astype(float) - other.outcome(name) for one, other in pairs]
-            cells.append(lead_text(bootstrap(apart)))
-        rows.append([column, *cells])
+        rows.append([column, *cells, *(lead(found[label], found[plain], name) for label in others)])
     first = runs[0]
     text = (
         f"**Precision**: {first['data']}, {first['network']} pruned to {first['macs']:.0%} of the MACs, "
