@@ -284,13 +284,13 @@ Scores: TypeAlias = Callable[[Subject], Any]
 """What `allocate` goes by: a `Sensitivity`, or a score for each group."""
 
 
-def allocated(make: Make, scores: Scores, alpha: float = 0.5) -> Prune:
+def allocated(make: Make, scores: Scores, alpha: float = 0.5, round_to: int | None = None) -> Prune:
     """Ratios from `allocate`, channels within a group by the importance."""
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
         model = copy.deepcopy(subject.model)
         wanted: dict[str, Any] = {budget.measure: budget.target}
-        ratios = allocate(model, subject.example, scores(subject), alpha=alpha, **wanted)
+        ratios = allocate(model, subject.example, scores(subject), alpha=alpha, round_to=round_to, **wanted)
         prune_by_ratio(model, subject.example, ratios, make(subject, model))
         return model
 

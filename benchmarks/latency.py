@@ -1,12 +1,15 @@
 """How much faster models with half of the MACs are on this machine, and how long loading them takes.
 
-    python -m benchmarks.latency
+    python -m benchmarks.latency                   # what has no result yet
+    python -m benchmarks.latency --data-dir DIR    # also of what contenders make of a network for CIFAR-10
 
-Dense and pruned run in turn in one process. All groups lose alike, in multiples of 8 channels.
+Dense and pruned run in turn in one process. All groups of the models of usual size lose alike, in multiples of 8
+channels; the contenders take as many of each group as they like.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -20,8 +23,10 @@ import torchattacks
 from torch import Tensor, nn
 
 import tp_mrs
-from benchmarks.tables import RESULTS, fill, provenance
+from benchmarks.contenders import CONTENDERS, MAIN, OWN, Budget, Contender, Once, Subject, allocated, sensitivity
+from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
+from tp_mrs.data import load_data
 from tp_mrs.files import read_json, write_json
 from tp_mrs.pruning import count
 
@@ -33,12 +38,64 @@ BATCHES = ((1, 1), (1, 2), (64, 2))
 """Batch size and threads."""
 
 
+CONTENDERS_RESULT = RESULTS / "latency-contenders.json"
+CONTENDERS_FORMAT = "tp_mrs.latency_of_contenders/1"
+NAMES = (
+    "L2, uniform",
+    "L2, global",
+    "FPGM, global",
+    "BN scale, global",
+    "Taylor (adversarial), global",
+    "Hessian (adversarial), global",
+    "MRSImportance, global",
+    MAIN,
+)
+COMPARED: dict[str, Contender] = {
+    **{name: CONTENDERS[name] for name in NAMES},
+    f"{MAIN}, multiples of {ROUND_TO}": Once(allocated(OWN, sensitivity, round_to=ROUND_TO)),
+}
+NETWORK, BUDGET, BATCH, TURNS = ("cifar10", "resnet18"), Budget("macs", 0.5), 64, 21
+
+
 def main() -> None:
-    models = {name: measure(name) for name in MODELS}
-    settings = {"image_size": SIDE, "pairs": PAIRS, "loads": LOADS, "round_to": ROUND_TO, "macs": 0.5}
-    RESULT.parent.mkdir(exist_ok=True)
-    write_json(RESULT, {"format": FORMAT, "settings": settings, **provenance(), "models": models})
-    fill("latency", table())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="folder with CIFAR-10; without it, the models of usual size only")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    if not RESULT.exists():
+        models = {name: measure(name) for name in MODELS}
+        settings = {"image_size": SIDE, "pairs": PAIRS, "loads": LOADS, "round_to": ROUND_TO, "macs": 0.5}
+        write_json(RESULT, {"format": FORMAT, "settings": settings, **provenance(), "models": models})
+    if arguments.data_dir and not CONTENDERS_RESULT.exists():
+        found = contenders(arguments.data_dir)
+        write_json(CONTENDERS_RESULT, {"format": CONTENDERS_FORMAT, **provenance(), **found})
+    fill("latency", "\n\n".join([table(), contenders_table()] if CONTENDERS_RESULT.exists() else [table()]))
+
+
+def contenders(data_dir: str) -> dict[str, Any]:
+    """Latency of what contenders make of one network over the dense one's, on one thread."""
+    data, network = NETWORK
+    subject = Subject(load_data(data, data_dir), network, seed=0)
+    torch.set_num_threads(1)
+    dense = forward(subject.model.to(memory_format=torch.contiguous_format), BATCH, subject.example)
+    found = {}
+    for name, contender in COMPARED.items():
+        pruned = contender(subject, BUDGET, 0).to(memory_format=torch.contiguous_format)
+        found[name] = paired(forward(pruned, BATCH, subject.example), dense, TURNS)
+    settings = {"macs": BUDGET.target, "batch_size": BATCH, "pairs": TURNS}
+    return {"data": data, "network": network, "settings": settings, "contenders": found}
+
+
+def contenders_table() -> str:
+    result = read_json(CONTENDERS_RESULT, CONTENDERS_FORMAT)
+    settings = result["settings"]
+    text = (
+        f"Latency of what pruners make of {result['data']}'s narrow {result['network']} (seed 0) at "
+        f"{settings['macs']:.0%} of the MACs, divided by the dense one's; batches of {settings['batch_size']}, median "
+        f"of {settings['pairs']} pairs and their range. On {result['device']}."
+    )
+    rows = [[name, span(ratios)] for name, ratios in result["contenders"].items()]
+    return f"{text}\n\n{markdown(['pruner', 'latency'], rows)}"
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -51,7 +108,8 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"macs": round(after[0] / before[0], 3), "params": round(after[1] / before[1], 3)}
     for batch, threads in BATCHES:
         torch.set_num_threads(threads)
-        row[f"batch {batch}, {threads} threads"] = paired(forward(pruned, batch), forward(dense, batch), PAIRS)
+        ours, theirs = (forward(model, batch, images) for model in (pruned, dense))
+        row[f"batch {batch}, {threads} threads"] = paired(ours, theirs, PAIRS)
     with tempfile.TemporaryDirectory() as folder:
         path = tp_mrs.save(pruned, Path(folder) / "model.safetensors")
         row["load"] = paired(lambda: tp_mrs.load(path), lambda: timm.create_model(name, num_classes=10), LOADS)
@@ -75,8 +133,9 @@ def halve(model: nn.Module, images: Tensor) -> None:
     tp_mrs.refresh(model)
 
 
-def forward(model: nn.Module, batch: int) -> Callable[[], Any]:
-    images, repeats = torch.rand(batch, 3, SIDE, SIDE), max(1, 16 // batch)
+def forward(model: nn.Module, batch: int, example: Tensor) -> Callable[[], Any]:
+    images, repeats = torch.rand(batch, *example.shape[1:]), max(1, 16 // batch)
+    model.eval()
 
     @torch.inference_mode()
     def run() -> None:
@@ -108,9 +167,14 @@ def table() -> str:
         if position == 0:
             lines.append(f"| model | MACs | params | {' | '.join(timed)} |")
             lines.append("| --- |" + " ---: |" * (2 + len(timed)))
-        ranges = (f"{row[key]['median']:.2f} ({row[key]['min']:.2f}–{row[key]['max']:.2f})" for key in timed)
-        lines.append(f"| {name} | {row['macs']:.1%} | {row['params']:.1%} | {' | '.join(ranges)} |")
+        lines.append(
+            f"| {name} | {row['macs']:.1%} | {row['params']:.1%} | {' | '.join(span(row[key]) for key in timed)} |"
+        )
     return "\n".join(lines)
+
+
+def span(ratios: dict[str, float]) -> str:
+    return f"{ratios['median']:.2f} ({ratios['min']:.2f}–{ratios['max']:.2f})"
 
 
 if __name__ == "__main__":
