@@ -32,6 +32,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to borrowed pages, which in the repository lie beside this folder, and on the site within it."""
+    return markdown.replace("](../benchmarks/", "](benchmarks/")
+
+
 def page_of(script: str, name: str) -> str:
     """A script with cell markers as Markdown: its text, a block of Python for each other cell, and a link to it."""
     _, *parts = CELL.split(script)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -88,6 +89,29 @@ def test_the_weight_is_by_all_layers_of_the_group(batches: Batches) -> None:
     squares = {name: score**2 / measured.sizes[name] for name, score in measured.modules.items()}
     expected = (squares["0"] + squares["3"]) / (squares["3"] + squares["7"])  # the root, to the power of alpha
     assert first / second == pytest.approx(expected, rel=1e-5)
+
+
+def test_groups_that_do_nothing_go_first(batches: Batches) -> None:
+    """Where a residual block ends in zeros, as timm's untrained ones do, Torch-Pruning's Taylor scores are 0/0."""
+    model: Any = small_resnet()
+    for name, module in model.named_modules():
+        if name.endswith("bn2"):
+            nn.init.zeros_(module.weight)
+    before = widths(model)
+    prune(model, MRSImportance(model, batches, torchattacks.FGSM), pruning_ratio=0.3)
+    kept = {name: width / before[name] for name, width in widths(model).items()}
+    within = [kept[name] for name in kept if name.endswith(".conv1")]
+    assert len(within) == 8
+    assert max(within) < 0.3
+
+
+def test_a_base_that_scores_some_channels_nan(batches: Batches) -> None:
+    model = small_cnn()
+    importance = MRSImportance(model, batches, torchattacks.FGSM, base=lambda group: torch.tensor([1.0, math.nan]))
+    graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
+    group = graph.get_pruning_group(model.get_submodule("0"), tp.prune_conv_out_channels, [0, 1])
+    with pytest.raises(InputError, match=r"^base: .* found NaN among them; correct the importance"):
+        importance(group)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.8])

@@ -108,6 +108,17 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
         check_count("round_to", round_to)
 
 
+def check_reachable(
+    model: nn.Module, example_inputs: Tensor, measure: str, target: float, *, min_keep: float, round_to: int | None
+) -> None:
+    """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""
+    groups = prunable_groups(model, example_inputs)
+    least = {group.name: _choices(group, min_keep, round_to)[0] for group in groups}
+    reached = _counted(model, example_inputs, groups, least, measure) / amount(model, example_inputs, measure)
+    if reached > target * (1 + TOLERANCE):
+        raise InputError(f"{measure}={target:g}: can't be met; the least is {measure}={reached:.4f}, or lower min_keep")
+
+
 def _losses(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, Array]:
     """What losing each unit of each group costs, ascending, (units,); on any scale."""
     if isinstance(given, Sensitivity):
@@ -222,11 +233,7 @@ class _Plan:
         return found
 
     def choices(self, group: Group) -> list[int]:
-        """Numbers of units that the group may keep, ascending."""
-        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, group.repeats)
-        lowest = max(1, math.ceil(self.min_keep * group.units - 1e-9))
-        multiples = [units for units in range(step, group.units, step) if units >= lowest]
-        return [*multiples, group.units]
+        return _choices(group, self.min_keep, self.round_to)
 
     def wanted(self, level: float) -> dict[str, float]:
         """Units that each group would keep at λ = `level` if they could be split."""
@@ -281,6 +288,14 @@ class _Plan:
             for other in near[second]
         )
         return min(moves, key=lambda plan: abs(self.cost(plan) - target))
+
+
+def _choices(group: Group, min_keep: float, round_to: int | None) -> list[int]:
+    """Numbers of units that the group may keep, ascending."""
+    step = 1 if round_to is None else round_to // math.gcd(round_to, group.repeats)
+    lowest = max(1, math.ceil(min_keep * group.units - 1e-9))
+    multiples = [units for units in range(step, group.units, step) if units >= lowest]
+    return [*multiples, group.units]
 
 
 def _near(choices: Sequence[int], current: int) -> Sequence[int]:

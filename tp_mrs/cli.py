@@ -6,8 +6,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,6 +86,7 @@ def _run(argv: Sequence[str] | None) -> None:
     with (
         messages(quiet=getattr(arguments, "quiet", False)),
         joined(getattr(arguments, "device", "cpu")) as device,
+        _no_empty_folder(getattr(arguments, "out", None)),
     ):
         if not getattr(arguments, "json", False):
             run(arguments, device)
@@ -184,6 +185,19 @@ def _illustrate(report: Report, job: Job, out: Path) -> Sequence[str]:
     )
     write_bytes(out / "report.html", page.encode())
     return list(figures)
+
+
+@contextmanager
+def _no_empty_folder(out: str | None) -> Iterator[None]:
+    """If the block is refused its input before it has written anything, the folder that it made goes again."""
+    was_there = out is None or Path(out).exists()
+    try:
+        yield
+    except InputError:
+        if out is not None and not was_there:
+            with suppress(OSError):  # it holds something
+                Path(out).rmdir()
+        raise
 
 
 def _previewed(job: Job) -> Result:

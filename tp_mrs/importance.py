@@ -47,7 +47,7 @@ class MRSImportance(tp.importance.Importance):
             `Sensitivity.units`); `"taylor"`, on the adversarial loss; `"magnitude"`; or any Torch-Pruning importance.
             While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that gradient-based
             ones work as they are; afterwards `.grad` is what it was.
-        alpha: how much the sensitivity counts. 0 gives the base's scores exactly.
+        alpha: how much the sensitivity counts. 0 gives the base's scores as they are.
         min_keep: fraction of each group's channels, at least one, whose scores are raised above all others (not at
             `alpha=0`). Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
             sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
@@ -56,7 +56,8 @@ class MRSImportance(tp.importance.Importance):
         epsilon, estimator, steps, max_batches, precision, channels_last, seed, progress: as for `measure_sensitivity`.
 
     Raises:
-        InputError: an argument is unusable; when called, if a group belongs to another model.
+        InputError: an argument is unusable; when called, if a group belongs to another model, or the base scores some
+            of its channels NaN.
 
     Example:
         Needs a model, data and a pruner around it; see the README for one that runs.
@@ -124,12 +125,13 @@ class MRSImportance(tp.importance.Importance):
         measurement = self.measurement()
         weight, highest = self._weights(group, measurement)
         with lent_gradients(self.model, measurement.gradients):
-            scores = self.base(sorted_copy(group))
+            scores = checked_scores(self.base(sorted_copy(group)))
         if scores is None or self.alpha == 0:
             return scores
         kept = scores.topk(self._kept(group, len(scores))).indices
         weighted = scores * weight
-        weighted[kept] = (scores[kept] + scores.mean()) * (highest * _OUT_OF_REACH)  # the mean lifts those scored 0
+        lifted = scores[kept] + (scores.mean() or 1.0)  # even those scored 0
+        weighted[kept] = lifted * (highest * _OUT_OF_REACH)
         return weighted
 
     def sensitivity_of_channels(self, group: Any) -> Tensor:
@@ -160,6 +162,19 @@ class MRSImportance(tp.importance.Importance):
         mean = geometric_mean(measurement.typical([name]) for name in measurement.modules)
         typical = measurement.typical(names[layer] for layer in layers), measurement.typical(measurement.modules)
         return relative_weight(typical[0], mean, self.alpha), relative_weight(typical[1], mean, self.alpha)
+
+
+def checked_scores(scores: Tensor | None) -> Tensor | None:
+    """A base's scores; 0 for all where they are 0/0, as Torch-Pruning divides by a group's mean.
+
+    Raises:
+        InputError: only some are NaN.
+    """
+    if scores is None or not scores.isnan().any():
+        return scores
+    if not scores.isnan().all():
+        raise InputError("base: expected a score for each channel, found NaN among them; correct the importance")
+    return torch.zeros_like(scores)
 
 
 def relative_weight(score: float, mean: float, alpha: float) -> float:

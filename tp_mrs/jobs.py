@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .arguments import PRESETS, Preset
 from .attacks import AttackFactory, named_attack, parse_eps
 from .batches import num_classes
 from .data import ImageData, hold_out, load_data, make_loader, random_subset
@@ -19,7 +20,7 @@ from .dense import cache_folder, dense_file, dense_model, new_model
 from .errors import InputError, check_choice, check_count, check_path, naming
 from .files import check_output_folder
 from .finetuning import check_options
-from .hub import WEIGHTS, weights_file
+from .hub import WEIGHTS, on_hub, weights_file
 from .launch import first_one_first
 from .measuring import Estimator
 from .models import left_untrained
@@ -274,7 +275,16 @@ class Job:
             except InputError as error:
                 raise InputError(f"path: {path} does not fit {self.data.name} ({error}); {_OTHER_DATA}") from error
             self._check_made_for_data(path, {"classes": classes})
+            if argument == "checkpoint":
+                self._check_architecture(path, model)
         return model
+
+    def _check_architecture(self, path: str, model: nn.Module) -> None:
+        """Raise `InputError` if the file tells that it holds another architecture than `--model` asks for."""
+        asked, found = self.arguments.model, getattr(model, "tp_mrs_recipe", {}).get("architecture")
+        plain, preset = asked.partition(".")[0], PRESETS.get(self.arguments.data, Preset()).model
+        if found not in (None, plain) and asked != preset and not on_hub(asked):
+            raise InputError(f"model: {path} holds a {found}, not a {asked}; leave out --model, or choose another file")
 
     def _check_made_for_data(self, path: str, found: Mapping[str, int]) -> None:
         data = self.data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import allocate, amount, check_allocation, single_budget
+from .allocation import allocate, amount, check_allocation, check_reachable, single_budget
 from .attacks import AttackLike, describe
 from .batches import check_again
+from .borrowing import copied
 from .errors import check_count, check_example_inputs, check_number, naming
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, measure_latency
 from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
 from .importance import BaseName, MRSImportance
 from .measuring import Estimator
+from .processes import gather, place
 from .pruning import prune_by_ratio, width
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
@@ -196,7 +198,7 @@ def mrpf(
             return None
         check_again("test_data", test_data)
         with naming("test_data"):
-            return evaluate(model, test_data, attacks, eps=eps, seed=seed, progress=progress)
+            return evaluate(model, test_data, attacks, eps=eps, seed=seed, latency=False, progress=progress)
 
     with naming(source):
         importance()  # checks its arguments
@@ -212,11 +214,14 @@ def mrpf(
         "eps": eps,
         "seed": seed,
     }
+    check_reachable(model, example_inputs, budget, target ** (1 / rounds), min_keep=min_keep, round_to=round_to)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
     job = plainly({**decisive, **measuring, **data, "attacks": attacks, "train_attack": train_attack, **settings})
     stages = Stages(checkpoint, model, job, data.values(), keeps=(Round, Sensitivity, Evaluation))
+
+    dense = None if test_data is None else copied(model)  # timed beside the pruned one in the end
 
     def prepare() -> dict[str, Any]:
         return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
@@ -264,8 +269,22 @@ def mrpf(
                 record,
             )
         )
-    after = assess() if epochs > 0 else done[-1].pruned
-    return Report(_evaluation(start["before"]), after, tuple(done), settings)
+    evaluations = [_evaluation(start["before"]), done[-1].pruned, assess() if epochs > 0 else done[-1].pruned]
+    if dense is not None:
+        evaluations = _with_latencies(evaluations, dense, model, example_inputs[:1])
+    before, pruned, after = evaluations
+    done[-1] = replace(done[-1], pruned=pruned)
+    return Report(before, after, tuple(done), settings)
+
+
+def _with_latencies(
+    evaluations: Sequence[Evaluation | None], dense: nn.Module, pruned: nn.Module, image: Tensor
+) -> list[Evaluation | None]:
+    """Of the dense, the pruned and the fine-tuned model; the latter two take the same. All timed now, in turn."""
+    first = place()[0] == 0
+    times = gather([measure_latency(model, image) for model in (dense, pruned)] if first else None)[0]
+    triple = zip(evaluations, (times[0], times[1], times[1]), strict=True)
+    return [None if each is None else replace(each, latency_ms=time) for each, time in triple]
 
 
 def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
