@@ -402,7 +402,7 @@ def test_help(command: list[str], capsys: Capture) -> None:
         (["--estimator", "sam"], "estimator: expected one of first_order, pga"),
         (["--base", "l7"], "base: expected one of sensitivity, taylor, magnitude"),
         (["--optimizer", "sgdd"], "optimizer: expected one of"),
-        (["--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors as safetensors"),
+        (["--checkpoint", "/nowhere.safetensors"], "checkpoint: cannot read /nowhere.safetensors, there is no"),
         (["--device", "toaster"], "device: cannot use 'toaster' here"),
         (["--batch-size", "0"], "batch_size: expected an integer >= 1"),
         (["--test-images", "0"], "test_images: expected an integer >= 1"),

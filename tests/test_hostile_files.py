@@ -116,7 +116,7 @@ def test_a_tensor_larger_than_memory_is_not_read(tmp_path: Path) -> None:
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path: cannot read .*there is no such file"):
         load(tmp_path / "nothing.safetensors")
-    with pytest.raises(InputError, match=r"path: cannot read .*/model\.safetensors as .*there is no such file"):
+    with pytest.raises(InputError, match=r"path: cannot read .*/model\.safetensors, there is no such file"):
         load(tmp_path)
     with pytest.raises(InputError, match="path: cannot read /dev/zero"):
         load("/dev/zero")

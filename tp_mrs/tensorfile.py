@@ -127,7 +127,7 @@ def _regular_file(path: str | Path) -> Path:
     file = check_path("path", path)
     if not file.is_file():
         what = "it is a folder" if file.is_dir() else "there is no such file"
-        raise InputError(f"path: cannot read {file} as safetensors ({what}); write it with tp_mrs.save(model, path)")
+        raise InputError(f"path: cannot read {file}, {what}; give a safetensors file, or the folder of a saved model")
     return file
 
 
