@@ -312,6 +312,11 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: Capture, monkeyp
     assert "\r" not in screen.err  # no bars where there is no terminal
 
 
+def test_a_reader_that_has_enough() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m tp_mrs completion bash | true"]
+    assert "Traceback" not in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_commands_and_options(shell: str, capsys: Capture) -> None:
     assert run("completion", shell) == 0

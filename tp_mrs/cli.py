@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with one_voice():
             _run(argv)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it has enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 1
     except InputError as error:
         return _fail(2, error)
     except DivergenceError as error:
