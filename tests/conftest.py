@@ -140,10 +140,10 @@ def unchanged(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     assert np.random.get_state()[1].tolist() == rng[2]  # type: ignore[index]
 
 
-def run_python_blocks(page: Path) -> dict[str, Any]:
-    """Run a page's Python as it is written, one block after the other; returns the names that it leaves."""
+def run_python_blocks(page: Path, count: int | None = None) -> dict[str, Any]:
+    """Run a page's Python as it is written, all or the first blocks of it; returns the names that it leaves."""
     names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[:count]:
         exec(compile(block, str(page), "exec"), names)  # noqa: S102 (our own pages)
     return names
 

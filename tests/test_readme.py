@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 
 from tests.conftest import run_python_blocks
 
@@ -15,3 +16,11 @@ def test_every_python_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     names = run_python_blocks(README)
     assert names["small"](names["example_inputs"]).shape == (1, 10)
+
+
+def test_the_changed_line_prunes() -> None:
+    names = run_python_blocks(README, count=1)
+    dense, pruned = timm.create_model("resnet18", num_classes=10), names["model"]
+    left = [sum(parameter.numel() for parameter in model.parameters()) for model in (pruned, dense)]
+    assert left[0] < 0.5 * left[1]
+    assert pruned(names["example_inputs"]).shape == (1, 10)
