@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections import Counter
 from http.client import IncompleteRead
 from pathlib import Path
@@ -244,6 +245,15 @@ def tiny_imagenet(root: Path, count: int = 4) -> Path:
     return root / "train" / "n01" / "images" / "n01_1.JPEG"
 
 
+def workers_end() -> bool:
+    """Whether all do so by themselves, which takes older versions of PyTorch a while."""
+    for _ in range(100):
+        if not multiprocessing.active_children():
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["truncated", "text", "missing"])
 def test_an_unreadable_image_is_named(how: str, workers: int, tmp_path: Path) -> None:
@@ -260,7 +270,7 @@ def test_an_unreadable_image_is_named(how: str, workers: int, tmp_path: Path) ->
     assert str(caught.value).endswith("); put a good copy in its place, as published, or delete it")
     del caught  # its traceback holds the loader's iterator
     gc.collect()
-    assert multiprocessing.active_children() == []
+    assert workers_end()
 
 
 def test_an_unreadable_image_in_a_folder_of_images(tmp_path: Path) -> None:
@@ -283,7 +293,7 @@ def test_workers_augment_as_the_seed_says(tmp_path: Path) -> None:
 
     assert torch.equal(drawn(1, workers=2), drawn(1, workers=2))
     assert not torch.equal(drawn(1, workers=2), drawn(2, workers=2))
-    assert multiprocessing.active_children() == []
+    assert workers_end()
 
 
 class Threads(torch.utils.data.Dataset[Any]):
@@ -311,7 +321,7 @@ def test_workers_end_with_training_in_the_middle_of_an_epoch(tmp_path: Path) -> 
     loader = make_loader(load_data("tiny-imagenet", tmp_path).train, batch_size=2, workers=2)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 2))
     finetune(model, loader, objective="standard", lr=1e-3, epochs=0.5, progress=False)
-    assert multiprocessing.active_children() == []
+    assert workers_end()
 
 
 def test_held_out_images() -> None:
