@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Subject
 from benchmarks.networks import EPS, FINETUNING
 from benchmarks.report import bootstrap, lead_text
+from benchmarks.run import slug
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
 from tp_mrs import Evaluation, create_model, evaluate, finetune
@@ -138,10 +138,6 @@ def finetuned(subject: Subject, pruned: nn.Module, label: str) -> tuple[nn.Modul
         "checkpoint": cache_folder() / "benchmarks" / f"{subject.data.name}-{start}-{slug(label)}.safetensors",
     }
     return student, finetune(student, subject.train_data, **{**subject.finetuning, **changes})
-
-
-def slug(label: str) -> str:
-    return re.sub(r"\W+", "_", label)
 
 
 def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to borrowed pages, which in the repository lie beside this folder, and on the site within it."""
-    return markdown.replace("](../benchmarks/", "](benchmarks/")
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links from this folder to borrowed pages, which in the repository lie beside it, and on the site within it."""
+    return markdown if "/" in page.file.src_uri else markdown.replace("](../benchmarks/", "](benchmarks/")
 
 
 def page_of(script: str, name: str) -> str:

@@ -60,7 +60,7 @@ def test_an_evaluation_is_that_of_one_process(saved: str, tmp_path: Path, capsys
     assert cli.main([*arguments, "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     for evaluation in (found, *found["curve"]):
-        assert evaluation.pop("latency_ms") != 0  # measured, so never the same
+        assert evaluation.pop("latency_ms") > 0  # measured, so never the same
     for evaluation in (one, *one["curve"]):
         del evaluation["latency_ms"]
     assert found == one

@@ -100,7 +100,11 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 0.5, "calibration_data": []}, "calibration_data: it yielded no batch"),
         ({"macs": 0.5, "base": "l7"}, "base"),
         ({"macs": 0.5, "attack": torchattacks.FGSM(small_cnn())}, "attack: this FGSM is bound to another model"),
-        ({"macs": 0.001, "test_data": []}, "macs=0.001: can't be met; the least is macs=0.0.*, or lower min_keep"),
+        (
+            {"macs": 0.001, "test_data": []},
+            "macs=0.001: can't be met within 1%; the nearest is macs=0.0.*lower min_keep$",
+        ),
+        ({"macs": 0.1, "round_to": 12, "test_data": []}, "the nearest is macs=1.0000, or lower min_keep or round_to"),
         ({"macs": 0.5, "objective": F.cross_entropy}, "objective: expected a function"),
         ({"macs": 0.5, "objective": lambda model, images, labels, attack: model(images)}, "objective: expected it to"),
         ({"macs": 0.5, "train_attack": "apgdt-1"}, "attack: this APGDT was made for 10 classes, but the model has 4"),

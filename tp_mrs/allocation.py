@@ -116,7 +116,7 @@ def check_reachable(
     least = {group.name: _choices(group, min_keep, round_to)[0] for group in groups}
     reached = _counted(model, example_inputs, groups, least, measure) / amount(model, example_inputs, measure)
     if reached > target * (1 + TOLERANCE):
-        raise InputError(f"{measure}={target:g}: can't be met; the least is {measure}={reached:.4f}, or lower min_keep")
+        raise _unreachable(measure, target, reached, round_to)
 
 
 def _losses(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, Array]:
@@ -366,9 +366,13 @@ def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], fl
         if abs(real - target) <= TOLERANCE * target:
             return kept
         aim = target + plan.cost(kept) - real
-    lower = [*(["min_keep"] if nearest > target else []), *(["round_to"] if plan.round_to else [])]
+    raise _unreachable(measure, target, nearest, plan.round_to)
+
+
+def _unreachable(measure: str, target: float, nearest: float, round_to: int | None) -> InputError:
+    lower = [*(["min_keep"] if nearest > target else []), *(["round_to"] if round_to else [])]
     remedy = f", or lower {' or '.join(lower)}" if lower else ""
-    raise InputError(f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}{remedy}")
+    return InputError(f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}{remedy}")
 
 
 def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:
