@@ -257,6 +257,11 @@ def test_finetune_refuses_before_it_trains(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "timm/resnet18.a1_in1k", "local-dir:resnet"])
+def test_a_checkpoint_of_the_named_model_is_taken(name: str, saved: str) -> None:
+    assert run("evaluate", *QUICK, "--checkpoint", saved, "--model", name) == 0
+
+
 def test_a_model_of_other_classes_is_not_evaluated(tmp_path: Path, capsys: Capture) -> None:
     model = tp_mrs.create_model("resnet18", num_classes=4, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
     tp_mrs.save(model, tmp_path / "four.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
@@ -53,9 +54,23 @@ def joined(device: str) -> Iterator[torch.device]:
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device != "cpu" and 0 < gpus < local:
         raise InputError(f"device: {gpus} GPUs are too few for {local} processes; start fewer, or give --device cpu")
-    state = join(cpu=device == "cpu" or gpus == 0)
+    with _stdout_to_stderr():
+        state = join(cpu=device == "cpu" or gpus == 0)
     yield state.device
     state.destroy_process_group()
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error what libraries write to the file of standard output: Gloo tells there who is connected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager
