@@ -7,8 +7,8 @@
 `steps`: a step of adversarial training beside the passes that it is made of, and in bf16 with channels_last beside
 plain fp32. `precision`: what comes of a pruned network when it is fine-tuned in the one and in the other. `objectives`:
 adversarially trained networks, pruned to a quarter of their MACs by MRS, are fine-tuned by each objective for the same
-number of passes, and evaluated on test images. `autoattack`: some of these on fewer images by AutoAttack, which takes a
-quarter of an hour each on a CPU. Each cell is a file in benchmarks/results/; how far fine-tuning has come is kept in
+number of passes, and evaluated on test images. `autoattack`: some of these on fewer images by AutoAttack, which takes
+up to twenty minutes each on a CPU. Each cell is a file in benchmarks/results/; how far fine-tuning has come is kept in
 the cache of tp_mrs.
 """
 
@@ -208,7 +208,7 @@ AUTOATTACK_IMAGES = 100
 
 
 def autoattack(data_name: str, folder: str | None, seed: int, label: str) -> dict[str, Any]:
-    """The dense network, or what a recipe has made of it, on the first of the images of `objectives`."""
+    """The dense network, or what a recipe has made of it, on some of the test images."""
     subject, pruned = subject_of(data_name, folder, seed)
     model = subject.model if label == "dense" else finetuned(subject, pruned, label)[0]
     found = assess(model, subject.data, ["pgd-20", "autoattack"], AUTOATTACK_IMAGES)
@@ -233,8 +233,10 @@ def cells(folders: dict[str, str | None]) -> Iterator[tuple[str, Callable[[], di
     for data, folder in folders.items():
         for seed in SEEDS:
             yield f"objectives-{data}-{seed}", partial(objectives, data, folder, seed)
-    for label in AUTOATTACKED:
-        yield f"autoattack-digits-0-{slug(label)}", partial(autoattack, "digits", None, 0, label)
+    for data, folder in folders.items():
+        for seed in SEEDS:
+            for label in AUTOATTACKED:
+                yield f"autoattack-{data}-{seed}-{slug(label)}", partial(autoattack, data, folder, seed, label)
 
 
 def path_of(file: str) -> Path:
@@ -257,7 +259,7 @@ def report() -> str:
     makers: list[tuple[str, Callable[[list[dict[str, Any]]], str]]] = [
         ("precision", precision_table),
         *((f"objectives-{data}-", table) for data in EPS),
-        ("autoattack", autoattack_table),
+        *((f"autoattack-{data}-", autoattack_table) for data in EPS),
     ]
     parts += [make(runs) for part, make in makers if (runs := results(part))]
     return "\n\n".join(parts)
@@ -320,16 +322,23 @@ def precision_table(runs: list[dict[str, Any]]) -> str:
 
 
 def autoattack_table(runs: list[dict[str, Any]]) -> str:
-    first, rows = runs[0], []
-    for run in sorted(runs, key=lambda run: (run["seed"], AUTOATTACKED.index(run["recipe"]))):
-        found = Evaluation.from_dict(run["evaluation"])
-        cells = [f"{100 * found.accuracy(name):.0f} ({found.interval_text(name)})" for name in ("clean", *found.robust)]
-        rows.append([run["recipe"], *cells])
+    first, images = runs[0], Evaluation.from_dict(runs[0]["evaluation"]).images
+    columns = {**COLUMNS, "autoattack": "AutoAttack"}
+    found: dict[str, dict[int, Evaluation]] = {label: {} for label in AUTOATTACKED}
+    for run in runs:
+        found[run["recipe"]][run["seed"]] = Evaluation.from_dict(run["evaluation"])
+    rows = []
+    for label, seeds in found.items():
+        if seeds:
+            cells = [each_seed([one.accuracy(name) for one in seeds.values()]) for name in columns]
+            both = [seed for seed in seeds if seed in found[PLAIN]] if label in RECIPES and label != PLAIN else []
+            ours, plain = ([found[name][seed] for seed in both] for name in (label, PLAIN))
+            rows.append([label, *cells, lead(ours, plain, "autoattack") if both else ""])
     text = (
-        f"**AutoAttack**, {first['data']}, {first['network']} of seed {first['seed']} and what recipes of the table "
-        f"above make of it at {first['macs']:.0%} of the MACs; {found.images} test images, in brackets 95% intervals."
+        f"**AutoAttack**, {first['data']}: the dense {first['network']}, and what recipes of the table above make of "
+        f"it at {first['macs']:.0%} of the MACs; {images} of the test images, mean over the seeds, in brackets each."
     )
-    return f"{text}\n\n{markdown(['objective', 'clean', 'PGD-20', 'AutoAttack'], rows)}"
+    return f"{text}\n\n{markdown(['objective', *columns.values(), f'AutoAttack, less {PLAIN}'], rows)}"
 
 
 def main() -> None:
