@@ -149,6 +149,11 @@ def test_no_size_of_images(size: Any, tmp_path: Path) -> None:
         load_data("image-folder", tmp_path, image_size=size)
 
 
+def test_other_images_keep_their_size() -> None:
+    with pytest.raises(InputError, match="image_size: the images of digits keep their size; leave it out"):
+        load_data("digits", image_size=64)
+
+
 def test_different_classes_in_the_splits(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "cat" / "a.jpg")
     picture(tmp_path / "val" / "dog" / "a.jpg")

@@ -183,7 +183,7 @@ def _model_and_data(*, dense: bool) -> argparse.ArgumentParser:
     group.add_argument("--data", default="digits", help=f"one of {', '.join(LOADERS)} (digits)")
     group.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set as published")
     _flag(group, "--download", "fetch CIFAR or SVHN into --data-dir if not there")
-    group.add_argument("--image-size", type=int, default=224, help="of an image-folder, in pixels (224)")
+    group.add_argument("--image-size", type=int, help="of an image-folder, in pixels (224)")
     return parent
 
 

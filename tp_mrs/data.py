@@ -41,7 +41,7 @@ class ImageData:
 
 
 def load_data(
-    name: str, data_dir: str | Path | None = None, *, download: bool = False, image_size: int = 224
+    name: str, data_dir: str | Path | None = None, *, download: bool = False, image_size: int | None = None
 ) -> ImageData:
     """Load a data set by name.
 
@@ -50,14 +50,18 @@ def load_data(
             `image-folder` (`train/` and `val/` or `test/`, a folder per class).
         data_dir: folder that holds the data set as published.
         download: let torchvision fetch CIFAR or SVHN into `data_dir` if it is not there; it offers no others.
-        image_size: side to which the images of an `image-folder` are resized and cropped, in pixels.
+        image_size: side to which the images of an `image-folder` are resized and cropped, in pixels; 224 unless given.
+            The other data sets' images keep their size.
 
     Raises:
-        InputError: unknown name, missing `data_dir`, no size of images, the files are not there or damaged, or the
-            download failed. From the data sets themselves, when the image is drawn: it cannot be read.
+        InputError: unknown name, missing `data_dir`, images that keep their size, the files are not there or damaged,
+            or the download failed. From the data sets themselves, when the image is drawn: it cannot be read.
     """
     check_choice("data", name, LOADERS)
-    check_count("image_size", image_size)
+    if image_size is not None:
+        check_count("image_size", image_size)
+        if name != "image-folder":
+            raise InputError(f"image_size: the images of {name} keep their size; leave it out, or give image-folder")
     if download and name in ("tiny-imagenet", "image-folder"):
         raise InputError(f"download: torchvision offers no {name}; unpack it yourself and give the folder (--data-dir)")
     if name == "digits":
@@ -68,7 +72,7 @@ def load_data(
     if not root.is_dir() and not download:
         raise InputError(f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download")
     if name == "image-folder":
-        return _image_folder(root, image_size)
+        return _image_folder(root, image_size or 224)
     return LOADERS[name](root, download)
 
 
