@@ -343,7 +343,7 @@ def image(value: float) -> Batches:
     [
         (image(1.5), r"images: expected values in \[0, 1\].*normalize"),
         (image(-0.1), r"images: expected values in \[0, 1\]"),
-        (image(float("nan")), "images: found NaN"),
+        (image(float("nan")), r"images: found NaN or infinity; expected finite values in \[0, 1\]$"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 4]))], "labels: expected classes 0 to 3"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([0, -1]))], "labels: expected classes"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([0.0, 1.0]))], "labels: expected an integer tensor"),
@@ -355,6 +355,7 @@ def image(value: float) -> Batches:
             [(torch.zeros(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1]))],
             r"images are torch.float64, weights torch.float32: make both float32 with .float\(\)",
         ),
+        ([*image(0.5), *image(0.5), *image(2.0)], r"images: expected values in \[0, 1\].* \(batch 2\)$"),
         ([], "data: it yielded no batch"),
         ([torch.zeros(2, 3, 32, 32)], "data: expected batches of"),
         (7, "data: expected an iterable"),

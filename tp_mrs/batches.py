@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -41,16 +42,26 @@ def checked_batches(
     classes: int | None = None
     total = max_batches if max_batches is not None else len(data) if isinstance(data, Sized) else None
     with tqdm(total=total, desc=description, unit="batch", disable=None if progress else True, leave=False) as bar:
-        for images, labels in islice(pairs(data), max_batches):
-            images, labels = check_batch(images, labels)
-            images, labels = images.to(device), labels.to(device)
-            if classes is None:
-                classes = num_outputs(model, images)
-            check_batch(images, labels, num_classes=classes)
+        for number, (images, labels) in enumerate(islice(pairs(data), max_batches)):
+            with _numbered(number):
+                images, labels = check_batch(images, labels)
+                images, labels = images.to(device), labels.to(device)
+                if classes is None:
+                    classes = num_outputs(model, images)
+                check_batch(images, labels, num_classes=classes)
             yield images, labels
             bar.update()
     if classes is None:
         raise InputError("data: it yielded no batch; expected at least one (images, labels)")
+
+
+@contextmanager
+def _numbered(number: int) -> Iterator[None]:
+    """Let an `InputError` say in which batch it was found, from 0; of the first one that goes without saying."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} (batch {number})" if number else str(error)) from error
 
 
 def extent(data: Any) -> dict[str, Any]:
