@@ -136,16 +136,29 @@ Make: TypeAlias = Callable[[Subject, nn.Module], Any]
 """Makes an importance for a copy of the subject's model."""
 
 
+class Tuning(NamedTuple):
+    """What `finetune` is told in place of `FINETUNING`, and the passes that an image takes."""
+
+    changes: dict[str, Any]
+    passes: int
+
+
+FAST = Tuning({}, passes=2)
+MART = Tuning({"objective": "mart", "attack": "pgd-3"}, passes=5)
+
+
 @dataclass(frozen=True)
 class Once:
-    """Prune, recalibrate BatchNorm, fine-tune."""
+    """Prune, recalibrate BatchNorm, fine-tune: for as many passes as fast adversarial training takes."""
 
     prune: Prune
+    tuning: Tuning = FAST
 
     def __call__(self, subject: Subject, budget: Budget, epochs: float) -> nn.Module:
         model = copy.deepcopy(_pruned(self.prune, subject, budget))
         if epochs:
-            finetune(model, subject.train_data, epochs=epochs, **subject.finetuning)
+            equal = epochs * FAST.passes / self.tuning.passes
+            finetune(model, subject.train_data, epochs=equal, **{**subject.finetuning, **self.tuning.changes})
         return model
 
 
@@ -464,6 +477,7 @@ OURS: dict[str, Contender] = {
     "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
     "MRSImportance + L2, global": Once(by_ratio(mrs("magnitude"), "global")),
     "mrpf, 2 rounds": in_rounds(2),
+    "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
 }
 
 ABLATIONS: dict[str, Contender] = {

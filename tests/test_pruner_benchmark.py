@@ -55,6 +55,13 @@ def test_a_contender_meets_the_budget_and_leaves_the_dense_network_alone(subject
     assert pruned(subject.example).shape == (1, 10)
 
 
+def test_another_objective_may_spend_no_more_passes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(roster, "finetune", lambda *_, **arguments: told.update(arguments))
+    CONTENDERS["MRS allocate, MART"](subject, Budget("macs", 0.5), 2)
+    assert (told["objective"], told["attack"], told["epochs"]) == ("mart", "pgd-3", 0.8)  # 5 passes for 2
+
+
 def test_squares_are_the_mean_over_images_of_squared_gradients(subject: Subject) -> None:
     model, (images, labels) = subject.model, subject.calibration[0]
     name, weight = next((name, p) for name, p in model.named_parameters() if p.dim() == 4)
