@@ -69,6 +69,17 @@ def test_without_fine_tuning_or_test_data(batches: Batches) -> None:
     assert model(EXAMPLE).shape == (1, 4)
 
 
+def test_frozen_layers_stay_frozen(batches: Batches) -> None:
+    model = small_cnn()
+    frozen = {name for name, _ in model.named_parameters() if name in ("0.weight", "3.weight")}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    widths = {name: len(parameter) for name, parameter in model.named_parameters()}
+    mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, epochs=0)
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert min(len(model.get_parameter(name)) - widths[name] for name in frozen) < 0
+
+
 def test_same_seed_same_model(batches: Batches) -> None:
     outputs = []
     for _ in range(2):

@@ -83,6 +83,19 @@ def check_runs(model: nn.Module) -> None:
     assert min(parameter.numel() for parameter in model.parameters()) > 0
 
 
+# --- what Torch-Pruning overlooks -------------------------------------------------------------------------------------
+
+
+@importances
+def test_frozen_layers_are_pruned_with_what_they_are_coupled_to(importance: str) -> None:
+    free, frozen = make("resnet18"), make("resnet18")
+    frozen.get_submodule("conv1").requires_grad_(False)
+    frozen.get_submodule("layer2").requires_grad_(False)
+    for model in (free, frozen):
+        make_pruner(model, make_importance(importance, model), global_pruning=True, pruning_ratio=0.4).step()
+    assert torch.equal(frozen(IMAGES), free(IMAGES))
+
+
 # --- which channels compete ------------------------------------------------------------------------------------------
 
 

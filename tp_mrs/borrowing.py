@@ -65,6 +65,19 @@ def preserved_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def thawed(model: nn.Module) -> Iterator[None]:
+    """Let every parameter require its gradient."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Keep the values of all buffers, such as BatchNorm's running statistics."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

@@ -94,8 +94,6 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
     importance = importance if importance is not None else tp.importance.MagnitudeImportance()
     arguments = {**pruner_kwargs(model), **kwargs}
     with borrowed(model):
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)  # Torch-Pruning traces by autograd and overlooks frozen layers
         try:
             with torch.no_grad():
                 model(example_inputs)
@@ -206,9 +204,11 @@ def prune_by_ratio(
     importance: Any = None,
 ) -> None:
     """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     pruner = build_pruner(model, example_inputs, importance, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
     pruner.step()
-    refresh(model)
+    for name, parameter in refresh(model).named_parameters():
+        parameter.requires_grad_(name not in frozen)  # what is pruned is a new parameter
 
 
 def count(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:

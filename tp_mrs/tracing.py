@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .architectures import LAYERS, prunable_attention, rigid_attention, stiff_modules
-from .borrowing import borrowed, preserved_caches
+from .borrowing import borrowed, preserved_caches, thawed
 from .layouts import Layout, find_layout, numbered
 from .widths import Widths
 
@@ -159,7 +159,7 @@ def trace(
     """
     inputs = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     tracer = _Tracer(model)
-    with tracer.hooks():
+    with tracer.hooks(), thawed(model):  # Torch-Pruning traces by autograd, and overlooks frozen layers
         with tracer:
             outputs = model(**example_inputs) if isinstance(example_inputs, dict) else model(*inputs)
         shown = [tracer.final(tensor) for tensor in tensors_in(outputs) if tensor.requires_grad]
