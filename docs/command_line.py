@@ -9,8 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks.tables import fill
-from tp_mrs.arguments import parser
-from tp_mrs.cli import COMMANDS
+from tp_mrs.cli.arguments import parser
+from tp_mrs.cli.commands import COMMANDS
 
 PAGE = Path(__file__).with_name("command-line.md")
 

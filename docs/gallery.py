@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from tp_mrs import Evaluation, Sensitivity, allocate, evaluate, finetune, recalibrate
-from tp_mrs.arguments import parse
 from tp_mrs.cli import main
+from tp_mrs.cli.arguments import parse
+from tp_mrs.cli.jobs import Job
 from tp_mrs.data import hold_out, make_loader
 from tp_mrs.files import check_output_folder, read_json, write_bytes
-from tp_mrs.jobs import Job
 from tp_mrs.pipeline import FORMAT
 from tp_mrs.plotting import plot_tradeoff, plot_training, to_image
 from tp_mrs.pruning import prune_by_ratio

@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 
 import tp_mrs
-from tp_mrs import cli
-from tp_mrs.arguments import parse
 from tp_mrs.checkpoints import Checkpoint
-from tp_mrs.doctor import OPTIONAL
+from tp_mrs.cli import commands
+from tp_mrs.cli.arguments import parse
+from tp_mrs.cli.doctor import OPTIONAL
 from tp_mrs.tensorfile import read
 
 Capture = pytest.CaptureFixture[str]
@@ -35,7 +35,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 def run(*arguments: str) -> int:
     try:
-        return cli.main(arguments)
+        return commands.main(arguments)
     except SystemExit as stop:  # argparse's own refusals
         return int(stop.code or 0)
 
@@ -91,7 +91,7 @@ def test_evaluations_at_more_sizes(tmp_path: Path, capsys: Capture) -> None:
     written = json.loads((tmp_path / "again/evaluation.json").read_text())
     assert [each["outcomes"] for each in written["curve"]] == [each["outcomes"] for each in curves["pruned"]]
     assert tp_mrs.Evaluation.from_dict(written) == tp_mrs.Evaluation.from_dict(written["curve"][1])
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(cli.EVALUATED)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(commands.EVALUATED)
 
 
 def test_an_evaluation_at_one_size_has_no_curve(tmp_path: Path, capsys: Capture) -> None:
@@ -214,7 +214,7 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
         given.update(training, train_images=len(data.dataset))
         raise tp_mrs.InputError("enough")
 
-    monkeypatch.setattr(cli, "check_training", stops)
+    monkeypatch.setattr(commands, "check_training", stops)
     options = ["--validation-images", "100", "--patience", "3", "--ema", "0.99"]
     assert run("finetune", *TUNE, "--checkpoint", saved, *options, "--out", str(tmp_path / "out")) == 2
     assert (given["patience"], given["ema"], given["train_images"]) == (3, 0.99, 1197)
@@ -245,7 +245,7 @@ def test_finetune_validates_on_images_held_out(saved: str, tmp_path: Path, monke
 def test_finetune_refuses_before_it_trains(
     arguments: list[str], message: str, saved: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "evaluate", lambda *_, **__: pytest.fail("evaluated before checking"))
+    monkeypatch.setattr(commands, "evaluate", lambda *_, **__: pytest.fail("evaluated before checking"))
     four = tp_mrs.create_model("resnet18", num_classes=4, in_chans=1, image_size=32, channels=(8, 8, 8, 8))
     tp_mrs.save(four, tmp_path / "four.safetensors")
     names = {"SAVED": saved, "FOUR": str(tmp_path / "four.safetensors"), "OUT": str(tmp_path / "out")}
@@ -339,7 +339,7 @@ def test_completion_of_another_shell(capsys: Capture) -> None:
 def test_doctor_says_what_is_there(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP_MRS_CACHE", str(tmp_path))
     (tmp_path / "model").write_bytes(bytes(1_500_000))
-    monkeypatch.setattr("tp_mrs.doctor._installed", lambda package: None if package == "onnx" else "1.2")
+    monkeypatch.setattr("tp_mrs.cli.doctor._installed", lambda package: None if package == "onnx" else "1.2")
     assert run("doctor") == 0
     screen = capsys.readouterr().out
     for text in ("torch-pruning", f"{tmp_path} (1 files, 1.5 MB)", 'Missing: onnx; pip install "tp_mrs[export]"'):
@@ -377,13 +377,13 @@ def test_doctor_needs_no_optional_package() -> None:
 def test_a_folder_in_the_place_of_a_result_is_seen_at_once(
     command: str, file: str, saved: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tp_mrs.jobs.Job.model", lambda _: pytest.fail("began to work"))
+    monkeypatch.setattr("tp_mrs.cli.jobs.Job.model", lambda _: pytest.fail("began to work"))
     (tmp_path / "out" / file).mkdir(parents=True)
     assert run(command, "--checkpoint", saved, "--out", str(tmp_path / "out")) == 2
     assert f"out: cannot write {tmp_path / 'out' / file}, it is a folder; remove it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([name] for name in commands.COMMANDS)])
 def test_help(command: list[str], capsys: Capture) -> None:
     assert run(*command, "--help") == 0
     assert "usage: tp-mrs" in capsys.readouterr().out
@@ -443,7 +443,7 @@ def test_diverging_training_exits_with_one(monkeypatch: pytest.MonkeyPatch, caps
     def diverges(*_: Any, **__: Any) -> None:
         raise tp_mrs.DivergenceError("the loss became nan")
 
-    monkeypatch.setattr(cli, "evaluate", diverges)
+    monkeypatch.setattr(commands, "evaluate", diverges)
     assert run("evaluate", *QUICK) == 1
     assert "the loss became nan" in capsys.readouterr().err
 
@@ -514,8 +514,8 @@ def test_fine_tuning_that_was_stopped_goes_on(
 
         return counted
 
-    monkeypatch.setattr(cli, "finetune", stops("training", 1, cli.finetune))
-    monkeypatch.setattr(cli, "evaluate", stops("evaluation", 2, cli.evaluate))
+    monkeypatch.setattr(commands, "finetune", stops("training", 1, commands.finetune))
+    monkeypatch.setattr(commands, "evaluate", stops("evaluation", 2, commands.evaluate))
     out = tmp_path / "stopped"
     assert run(*command, str(out)) == 130  # about to train
     assert run(*command, str(out)) == 130  # about to evaluate what was trained
@@ -541,4 +541,4 @@ def test_fine_tuning_that_was_stopped_goes_on(
         for each in (record["before"], record["after"]):
             del each["latency_ms"]
     assert (found["before"], found["after"]) == (expected["before"], expected["after"])
-    assert sorted(path.name for path in out.iterdir()) == sorted(cli.FINETUNED)
+    assert sorted(path.name for path in out.iterdir()) == sorted(commands.FINETUNED)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tp_mrs import InputError
-from tp_mrs.arguments import parse
-from tp_mrs.config import write_config
+from tp_mrs.cli.arguments import parse
+from tp_mrs.cli.config import write_config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import tp_mrs
 from docs import command_line, gallery, picture
 from tests.conftest import run_python_blocks
-from tp_mrs.cli import COMMANDS
+from tp_mrs.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -50,11 +50,19 @@ def test_texts() -> None:
 
 def test_messages_are_those_of_the_source() -> None:
     package = Path(tp_mrs.__file__).parent
-    source = "\n".join(text for file in package.glob("*.py") for text in texts(read(file)))
+    source = "\n".join(text for file in package.rglob("*.py") for text in texts(read(file)))
     ours, _, _ = read(DOCS / "troubleshooting.md").partition("## Installing")
     messages = re.findall(r"^#### `(.*)`$", ours, re.MULTILINE)
     assert len(messages) > 50
     assert [message for message in messages if message.removesuffix("…") not in source] == []
+
+
+def test_the_map_of_the_package_is_whole() -> None:
+    _, _, rest = read(ROOT / "CONTRIBUTING.md").partition("## Where things are")
+    section, _, _ = rest.partition("\n## ")
+    modules = {path.stem for path in Path(tp_mrs.__file__).parent.rglob("*.py")} - {"__init__", "__main__"}
+    named = re.findall(r"`(\w+)`", section)
+    assert sorted(named) == sorted([*modules, "cli"])
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tp_mrs
 from tests.conftest import randomised, small_cnn, small_resnet, unchanged
-from tp_mrs import cli
+from tp_mrs.cli import commands
 from tp_mrs.exporting import Format
 
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")
@@ -235,7 +235,7 @@ def test_saved_here_exported_there(saved: Path, tmp_path: Path) -> None:
 
 def test_options_of_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "model.pt2"
-    assert cli.main(["export", str(saved), "--out", str(out), "--image-size", "48", "--quiet"]) == 0
+    assert commands.main(["export", str(saved), "--out", str(out), "--image-size", "48", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     check_file(out, tp_mrs.load(saved), 48)
     assert [path.name for path in out.parent.iterdir()] == ["model.pt2"]
@@ -265,7 +265,7 @@ def test_the_command_refuses_in_one_line(
     monkeypatch.chdir(tmp_path)
     before = saved.read_bytes()
     try:
-        status = cli.main(["export", str(saved), *(argument.format(saved=saved) for argument in arguments)])
+        status = commands.main(["export", str(saved), *(argument.format(saved=saved) for argument in arguments)])
     except SystemExit as stop:  # argparse's own refusals
         status = int(stop.code or 0)
     assert status == 2
@@ -278,18 +278,18 @@ def test_the_command_refuses_in_one_line(
 def test_a_folder_in_the_place_of_the_file_is_seen_at_once(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "export", lambda *_, **__: pytest.fail("exported before checking"))
+    monkeypatch.setattr(commands, "export", lambda *_, **__: pytest.fail("exported before checking"))
     (tmp_path / "model.onnx").mkdir()
-    assert cli.main(["export", str(saved), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert commands.main(["export", str(saved), "--out", str(tmp_path / "model.onnx")]) == 2
     assert "model.onnx, it is a folder; remove it" in capsys.readouterr().err
 
 
 def test_the_command_needs_a_model_that_says_its_image_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(["export", str(tmp_path / "nowhere.safetensors")]) == 2
+    assert commands.main(["export", str(tmp_path / "nowhere.safetensors")]) == 2
     assert "model: cannot read" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "load", lambda _: small_cnn())
-    assert cli.main(["export", str(tmp_path / "model.safetensors")]) == 2
+    monkeypatch.setattr(commands, "load", lambda _: small_cnn())
+    assert commands.main(["export", str(tmp_path / "model.safetensors")]) == 2
     assert "image_size: the file does not say" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from torch import nn
 from tests.conftest import Batches, small_cnn
 from tests.test_plotting import evaluation
 from tp_mrs import Report, mrpf
-from tp_mrs.display import pictures
+from tp_mrs.cli.display import pictures
 from tp_mrs.html import report_page
 from tp_mrs.plotting import to_svg
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tp_mrs
 from tests.conftest import torchrun
-from tp_mrs import cli
+from tp_mrs.cli import commands
 
 FEW = ["--test-images", "300", "--attacks", "fgsm"]
 MEASURE = ["--calibration-images", "96", "--seed", "3"]
@@ -48,7 +48,7 @@ def test_sensitivity_is_that_of_one_process(saved: str, tmp_path: Path, capsys: 
         "sensitivity.png",
         "sensitivity.svg",
     ]
-    assert cli.main(["sensitivity", *MEASURE, "--checkpoint", saved, "--json"]) == 0
+    assert commands.main(["sensitivity", *MEASURE, "--checkpoint", saved, "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert found["modules"] == pytest.approx(one["modules"], rel=1e-5)
     assert found["groups"] == pytest.approx(one["groups"], rel=1e-5)
@@ -57,7 +57,7 @@ def test_sensitivity_is_that_of_one_process(saved: str, tmp_path: Path, capsys: 
 def test_an_evaluation_is_that_of_one_process(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", *FEW, "--masking", "--checkpoint", saved]
     found = printed(*arguments, folder=tmp_path)
-    assert cli.main([*arguments, "--json"]) == 0
+    assert commands.main([*arguments, "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     for evaluation in (found, *found["curve"]):
         assert evaluation.pop("latency_ms") > 0  # measured, so never the same
@@ -71,7 +71,7 @@ def test_finetune_writes_once(saved: str, tmp_path: Path) -> None:
     done = tp_mrs_twice(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Written to run") == done.stdout.count("Change") == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(cli.FINETUNED)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(commands.FINETUNED)
     record = json.loads((tmp_path / "run" / "finetuning.json").read_text())
     arguments = ["evaluate", *FEW, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]
     assert record["after"]["outcomes"] == printed(*arguments, folder=tmp_path)["outcomes"]

@@ -12,9 +12,8 @@ from torch import nn
 
 from ._version import versions
 from .attacks import L2_EPS
-from .display import comparison
 from .errors import InputError, check_module
-from .evaluation import Evaluation, size_in_bytes
+from .evaluation import Evaluation, comparison, size_in_bytes
 from .files import check_output_folder, write_bytes, write_json
 from .html import BUDGETS, CAPTIONS, in_words, warnings, what_was_done
 from .hub import CONFIG, HUB, WEIGHTS, on_hub

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from .attacks import AttackLike, Perturb, bind, build, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
@@ -145,6 +144,25 @@ class Evaluation:
         return cls(**{**own, "warnings": tuple(content["warnings"])})
 
 
+def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
+    """Each accuracy in percent, with its interval; and each quantity, with its unit in the name."""
+    evaluations = list(rows.values())
+    accuracies = {name: [accuracy_text(each, name) for each in evaluations] for name in evaluations[0].names}
+    sizes = {
+        "MACs (M)": [f"{each.macs / 1e6:.1f}" for each in evaluations],
+        "params (M)": [f"{each.params / 1e6:.3f}" for each in evaluations],
+        "MB": [f"{each.size_bytes / 1e6:.2f}" for each in evaluations],
+    }
+    if evaluations[0].latency_ms is not None:
+        sizes["ms, one image"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
+    return accuracies, sizes
+
+
+def accuracy_text(evaluation: Evaluation, name: str) -> tuple[str, str]:
+    """An accuracy in percent, and its 95% interval."""
+    return f"{100 * evaluation.accuracy(name):.1f}", evaluation.interval_text(name)
+
+
 def evaluate(
     model: nn.Module,
     data: Iterable[Any],
@@ -245,6 +263,8 @@ def size_in_bytes(model: nn.Module) -> int:
 
 def measure_latency(model: nn.Module, images: Tensor, *, seconds: float = 0.3) -> float:
     """Median time of a forward pass over `images` in eval mode, in milliseconds, by `torch.utils.benchmark`."""
+    from torch.utils.benchmark import Timer  # warns where there is nvcc but no GPU
+
     with borrowed(model), torch.no_grad():
         timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=seconds).median * 1e3

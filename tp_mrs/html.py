@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .display import comparison
-from .evaluation import Evaluation
+from .evaluation import Evaluation, comparison
 from .pipeline import Report
 
 CAPTIONS = {

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .allocation import allocate
-from .attacks import parse_name
-from .borrowing import copied
-from .objectives import OBJECTIVES
-from .pruning import count, prunable_groups, prune_by_ratio, width
-from .sensitivity import Sensitivity
+from tp_mrs.allocation import allocate
+from tp_mrs.attacks import parse_name
+from tp_mrs.borrowing import copied
+from tp_mrs.objectives import OBJECTIVES
+from tp_mrs.pruning import count, prunable_groups, prune_by_ratio, width
+from tp_mrs.sensitivity import Sensitivity
 
 FORWARD = 1 / 3
 """A pass forward alone, as part of one forward and backward."""

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ._version import __version__
+from tp_mrs._version import __version__
+from tp_mrs.data import LOADERS
+from tp_mrs.errors import check_choice
+from tp_mrs.exporting import FORMATS
+from tp_mrs.importance import BASES
+from tp_mrs.objectives import OBJECTIVES
+
 from .config import parse_with_config
-from .data import LOADERS
-from .errors import check_choice
-from .exporting import FORMATS
-from .importance import BASES
-from .objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from tp_mrs.errors import InputError, check_choice
+
 from .arguments import SHELLS, parser
-from .errors import InputError, check_choice
 
 
 def completion_script(shell: str) -> str:

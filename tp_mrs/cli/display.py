@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .evaluation import Evaluation
-from .files import write_bytes
-from .pipeline import Report
-from .plotting import plot_robustness, plot_training, plot_widths, to_image
+from tp_mrs.evaluation import Evaluation, accuracy_text, comparison
+from tp_mrs.files import write_bytes
+from tp_mrs.pipeline import Report
+from tp_mrs.plotting import plot_robustness, plot_training, plot_widths, to_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,24 +41,6 @@ def messages(*, quiet: bool) -> Iterator[None]:
 def print_report(report: Report, what: str) -> None:
     title = f"{what}, {report.settings['budget']} {report.rounds[-1].reached:.1%} of the dense model's"
     print_evaluations(report.stages, title)
-
-
-def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
-    """Each accuracy in percent, with its interval; and each quantity, with its unit in the name."""
-    evaluations = list(rows.values())
-    accuracies = {name: [_accuracy(each, name) for each in evaluations] for name in evaluations[0].names}
-    sizes = {
-        "MACs (M)": [f"{each.macs / 1e6:.1f}" for each in evaluations],
-        "params (M)": [f"{each.params / 1e6:.3f}" for each in evaluations],
-        "MB": [f"{each.size_bytes / 1e6:.2f}" for each in evaluations],
-    }
-    if evaluations[0].latency_ms is not None:
-        sizes["ms, one image"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
-    return accuracies, sizes
-
-
-def _accuracy(evaluation: Evaluation, name: str) -> tuple[str, str]:
-    return f"{100 * evaluation.accuracy(name):.1f}", evaluation.interval_text(name)
 
 
 def _dimmed(accuracy: tuple[str, str]) -> str:
@@ -99,7 +81,7 @@ def print_curves(curves: Mapping[str, Sequence[Evaluation]]) -> None:
         for name in names:
             table.add_column(name, justify="right")
         for each in evaluations:
-            table.add_row(f"{each.eps:.4g}", *(_dimmed(_accuracy(each, name)) for name in names))
+            table.add_row(f"{each.eps:.4g}", *(_dimmed(accuracy_text(each, name)) for name in names))
         Console().print(table)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .errors import InputError, check_choice
-from .files import write_bytes
+from tp_mrs._version import __version__
+from tp_mrs.errors import InputError, check_choice
+from tp_mrs.files import write_bytes
 
 REPLACES = {
     "macs": ("params", "channels"),

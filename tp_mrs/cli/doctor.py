@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ._version import versions
-from .dense import cache_folder
+from tp_mrs._version import versions
+from tp_mrs.dense import cache_folder
 
 REQUIRED = ("torchvision", "accelerate", "huggingface_hub", "safetensors", "numpy")
 """Packages that come with every installation, besides those in `versions`."""

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 import torch
 import torch.distributed as dist
 
-from .errors import InputError, check_device
-from .processes import join, place
+from tp_mrs.errors import InputError, check_device
+from tp_mrs.processes import join, place
 
 _FAILURES = "tp_mrs/failures"  # a counter in the store that the processes share
 

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tp_mrs.attacks import AttackFactory, named_attack, parse_eps
+from tp_mrs.batches import num_classes
+from tp_mrs.data import ImageData, hold_out, load_data, make_loader, random_subset
+from tp_mrs.dense import cache_folder, dense_file, dense_model, new_model
+from tp_mrs.errors import InputError, check_choice, check_count, check_path, naming
+from tp_mrs.files import check_output_folder
+from tp_mrs.finetuning import check_options
+from tp_mrs.hub import WEIGHTS, weights_file
+from tp_mrs.measuring import Estimator
+from tp_mrs.models import left_untrained
+from tp_mrs.objectives import Objective, ard, awp, resolve, rslad
+from tp_mrs.processes import place
+from tp_mrs.storage import load
+from tp_mrs.tensorfile import read
+
 from .arguments import PRESETS, Preset
-from .attacks import AttackFactory, named_attack, parse_eps
-from .batches import num_classes
-from .data import ImageData, hold_out, load_data, make_loader, random_subset
-from .dense import cache_folder, dense_file, dense_model, new_model
-from .errors import InputError, check_choice, check_count, check_path, naming
-from .files import check_output_folder
-from .finetuning import check_options
-from .hub import WEIGHTS, weights_file
 from .launch import first_one_first
-from .measuring import Estimator
-from .models import left_untrained
-from .objectives import Objective, ard, awp, resolve, rslad
 from .preview import attack_passes, evaluation_passes, training_passes
-from .processes import place
-from .storage import load
-from .tensorfile import read
 
 logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 250

@@ -1,4 +1,4 @@
-"""The command line: `tp-mrs prune | finetune | sensitivity | evaluate | export | doctor | completion`."""
+"""What each command of `tp-mrs` does, and how the command line ends."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._version import versions
-from .allocation import single_budget
+from tp_mrs._version import versions
+from tp_mrs.allocation import single_budget
+from tp_mrs.card import FOLDER_FILES, save_folder
+from tp_mrs.errors import DivergenceError, InputError, check_choice, check_count, naming
+from tp_mrs.evaluation import Evaluation, evaluate
+from tp_mrs.exporting import check_format, export
+from tp_mrs.files import check_output_folder, write_bytes, write_json
+from tp_mrs.finetuning import check_training, finetune
+from tp_mrs.html import CAPTIONS, report_page
+from tp_mrs.hub import WEIGHTS, on_hub, weights_file
+from tp_mrs.importance import BASES
+from tp_mrs.measuring import measure_sensitivity, measured_weights
+from tp_mrs.pipeline import Report, check_options, mrpf
+from tp_mrs.plotting import plot_robustness, plot_training, to_svg
+from tp_mrs.processes import place
+from tp_mrs.sensitivity import Sensitivity
+from tp_mrs.stages import Stages, plainly
+from tp_mrs.storage import load
+
 from .arguments import BUDGETS, parse
-from .card import FOLDER_FILES, save_folder
 from .completion import completion_script
 from .config import write_config
 from .display import messages, pictures, print_change, print_curves, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
-from .errors import DivergenceError, InputError, check_choice, check_count, naming
-from .evaluation import Evaluation, evaluate
-from .exporting import check_format, export
-from .files import check_output_folder, write_bytes, write_json
-from .finetuning import check_training, finetune
-from .html import CAPTIONS, report_page
-from .hub import WEIGHTS, on_hub, weights_file
-from .importance import BASES
 from .jobs import Job
 from .launch import another_failed, first_to_fail, joined, one_voice
-from .measuring import measure_sensitivity, measured_weights
-from .pipeline import Report, check_options, mrpf
-from .plotting import plot_robustness, plot_training, to_svg
 from .preview import preview
-from .processes import place
-from .sensitivity import Sensitivity
-from .stages import Stages, plainly
-from .storage import load
 
 PICTURES = tuple(f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg"))
 PRUNED = (*FOLDER_FILES, "report.json", "report.html", "run.yaml", *PICTURES)
@@ -386,7 +387,3 @@ COMMANDS: dict[str, Run] = {
     "doctor": _doctor,
     "completion": _completion,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
