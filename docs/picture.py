@@ -155,13 +155,12 @@ def _plot(groups: Mapping[str, Channels], images: int) -> Iterator[str]:
                 f'<circle cx="{x + PANEL * (number + 0.5) / len(heights[name]):.1f}" cy="{y_of(height):.1f}" r="4" '
                 f'fill="{fill}" stroke="{COLOURS[name]}" stroke-width="1.5"/>'
             )
-        yield _text(x + PANEL, round(line) - 7, "stay", anchor="end", size=12)
-        yield _text(x + PANEL, round(line) + 16, "go", anchor="end", size=12)
+        yield _text(x + PANEL / 2, round(line) - 7, "stay", anchor="middle", size=12)
+        yield _text(x + PANEL, BOTTOM - 8, "go", anchor="end", size=12)
         yield _text(
             x + PANEL / 2, BOTTOM + 18, "channels, in ascending order", colour="#555555", anchor="middle", size=12
         )
-    what = f"A small ResNet-18 on digits, {images} images; 40% of the multiply-accumulates stay, α = 1."
-    note = f"{what} Its other groups are not shown; they take their part."
+    note = f"A small ResNet-18 on digits, {images} images; 40% of the MACs stay, α = 1. Its other groups are not shown."
     yield _text(18, HEIGHT - 16, note, colour="#555555", size=12)
 
 

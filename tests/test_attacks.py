@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,6 +190,39 @@ def test_perturbations_stay_in_the_ball_and_leave_no_trace(name: str) -> None:
     assert (adversarial - images).abs().max() <= 0.03 + 1e-6
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda images: images[:1], r"got \(1, 3, 8, 8\), torch.float32"),
+        (lambda images: images[..., :4, :4], r"got \(2, 3, 4, 4\)"),
+        (lambda images: images.double(), "got .*torch.float64"),
+        (lambda images: images.numpy(), "got ndarray"),
+        (lambda images: None, "got NoneType"),
+        (lambda images: images + 5, r"returned values from 5.* to 5.*; expected images in \[0, 1\]: clamp them"),
+        (lambda images: images - 0.5, "returned values from -0.*clamp them"),
+    ],
+)
+def test_an_attack_that_returns_something_else(change: Callable[[Any], Any], got: str) -> None:
+    class Odd(torchattacks.FGSM):
+        def forward(self, images: torch.Tensor, labels: torch.Tensor) -> Any:
+            return change(images)
+
+    images, model = torch.rand(2, 3, 8, 8) * 0.4, small_cnn()
+    with unchanged(model), pytest.raises(InputError, match=f"^attack: .*FGSM .*{got}"):
+        bind(Odd, model)(images, torch.zeros(2, dtype=torch.long))
+
+
+def test_an_attack_that_works_in_place() -> None:
+    class InPlace(torchattacks.FGSM):
+        def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return images.zero_()
+
+    images = torch.rand(2, 3, 8, 8)
+    before = images.clone()
+    bind(InPlace, small_cnn())(images, torch.zeros(2, dtype=torch.long))
+    assert torch.equal(images, before)
 
 
 def test_an_attack_that_returns_nan() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tp_mrs import InputError
 from tp_mrs.cli.arguments import parse
-from tp_mrs.cli.config import write_config
+from tp_mrs.cli.config import check_same_run, write_config
 
 
 @pytest.fixture
@@ -47,6 +47,18 @@ def test_options_of_every_kind(file: Path) -> None:
     assert found.items() >= wanted.items()
     assert found["rounds"] == 1
     assert "config" not in found
+
+
+def test_results_of_another_run_are_not_replaced(tmp_path: Path) -> None:
+    write_config(tmp_path / "run.yaml", parse(["prune", "--macs", "0.5", "--lr", "1e-3", "--model-kwargs", "depth=3"]))
+    same = ["--macs", "0.5", "--lr", "0.001", "--model-kwargs", "depth=3", "--quiet", "--out", str(tmp_path)]
+    check_same_run(tmp_path, parse(["prune", *same]))
+    check_same_run(tmp_path / "elsewhere", parse(["evaluate"]))
+    message = r"^out: .* has the results of a run with macs 0.5 \(here 0.7\); choose another folder, or remove it$"
+    with pytest.raises(InputError, match=message):
+        check_same_run(tmp_path, parse(["prune", *same, "--macs", "0.7"]))
+    with pytest.raises(InputError, match=r"^out: .* has the results of tp-mrs prune; choose another"):
+        check_same_run(tmp_path, parse(["evaluate", "--out", str(tmp_path)]))
 
 
 def test_the_command_line_wins(file: Path) -> None:

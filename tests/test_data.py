@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets
 
 from tp_mrs import InputError, finetune
-from tp_mrs.data import LOADERS, ImageData, hold_out, load_data, make_loader, random_subset
+from tp_mrs.data import LOADERS, ImageData, files_of, hold_out, load_data, make_loader, random_subset
 
 
 def check(data: Any) -> None:
@@ -152,6 +152,17 @@ def test_no_size_of_images(size: Any, tmp_path: Path) -> None:
 def test_other_images_keep_their_size() -> None:
     with pytest.raises(InputError, match="image_size: the images of digits keep their size; leave it out"):
         load_data("digits", image_size=64)
+
+
+def test_files_tell_folders_of_images_apart(tmp_path: Path) -> None:
+    found = []
+    for folder, size in (("a", 8), ("moved", 8), ("other", 9)):
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                picture(tmp_path / folder / split / name / "0.png", size=size)
+        found.append(files_of(load_data("image-folder", tmp_path / folder, image_size=8).train))
+    assert found[0] == found[1] != found[2]
+    assert files_of(load_data("digits").train) == {}
 
 
 def test_different_classes_in_the_splits(tmp_path: Path) -> None:

@@ -156,14 +156,14 @@ def test_latency_is_a_time(cnn: nn.Module, example: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attacks": ["pdg"]}, "attack: no torchattacks attack is called 'pdg'; did you mean 'pgd'"),
-        ({"attacks": ["fgsm-3"]}, "attack: 'fgsm-3' has a step count that FGSM does not take"),
+        ({"attacks": ["pdg"]}, "attacks: no torchattacks attack is called 'pdg'; did you mean 'pgd'"),
+        ({"attacks": ["fgsm-3"]}, "attacks: 'fgsm-3' has a step count that FGSM does not take"),
         (
             {"attacks": ["multiattack"]},
-            "attack: no torchattacks attack is called 'multiattack'; did you mean 'autoattack'",
+            "attacks: no torchattacks attack is called 'multiattack'; did you mean 'autoattack'",
         ),
         ({"attacks": "fgsm"}, r"attacks: expected a list of attacks.*write \['fgsm'\]"),
-        ({"attacks": [torchattacks.FGSM(small_cnn())]}, "attack: this FGSM is bound to another model"),
+        ({"attacks": [torchattacks.FGSM(small_cnn())]}, "attacks: this FGSM is bound to another model"),
         ({"eps": -1}, "eps: expected a value in"),
         ({"eps": "abc"}, "eps: expected a number or a fraction such as 8/255, got 'abc'"),
         ({"attacks": None}, r"attacks: expected a list of attacks, such as \['pgd-20'\], got None"),

@@ -20,6 +20,7 @@ from tp_mrs import DivergenceError, InputError, evaluate, finetune
 from tp_mrs.epochlog import EpochLog
 from tp_mrs.finetuning import check_training
 from tp_mrs.objectives import OBJECTIVES, standard
+from tp_mrs.storage import copy_tensors
 from tp_mrs.training import Epoch
 
 
@@ -258,13 +259,26 @@ def test_a_batch_that_is_too_small_for_its_norms(batches: Batches) -> None:
             finetune(model, data, objective="standard")
 
 
-def test_a_loss_that_is_not_finite_stops_training(batches: Batches) -> None:
-    def explodes(model: nn.Module, images: Tensor, labels: Tensor, attack: Any) -> Tensor:
-        return model(images).sum() * float("nan")
+def test_a_loss_that_is_not_finite_stops_training_with_the_weights_of_before(batches: Batches) -> None:
+    model, seen = small_cnn(), list[dict[str, Tensor]]()
 
-    model = small_cnn()
-    with unchanged(model, weights=False), pytest.raises(DivergenceError, match=r"batch 1 of 2.*lower lr"):
+    def explodes(model: nn.Module, images: Tensor, labels: Tensor, attack: Any) -> Tensor:
+        seen.append(copy_tensors(model))
+        loss = F.cross_entropy(model(images), labels)
+        return loss * (math.nan if len(seen) == 3 else 1)  # the first call is the rehearsal
+
+    with unchanged(model, weights=False), pytest.raises(DivergenceError, match=r"batch 2 of 2.*lower lr"):
         finetune(model, batches, objective=explodes)
+    assert not torch.equal(seen[2]["0.weight"], seen[1]["0.weight"])
+    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in copy_tensors(model).items())
+    assert any("running_mean" in name for name in seen[2])
+
+
+def test_a_bad_batch_is_told_by_its_number(batches: Batches) -> None:
+    images, labels = batches[1]
+    message = r"train_data: images: expected values in \[0, 1\], .* \(batch 1\)$"
+    with pytest.raises(InputError, match=message):
+        finetune(small_cnn(), [batches[0], (images * 255, labels)], objective="standard", epochs=2)
 
 
 # --- validation, moving average, log -----------------------------------------------------------------------------

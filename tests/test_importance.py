@@ -105,6 +105,22 @@ def test_groups_that_do_nothing_go_first(batches: Batches) -> None:
     assert max(within) < 0.3
 
 
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [
+        (torch.ones(1000), r"shape \(1000,\)"),
+        (torch.ones(2, 2), r"shape \(2, 2\)"),
+        ([1.0, 2.0], "list"),
+        (tp.importance.MagnitudeImportance(), "MagnitudeImportance; pass an object"),
+    ],
+)
+def test_a_base_that_does_not_score_each_channel(scores: Any, got: str, batches: Batches) -> None:
+    model = small_cnn()
+    importance = MRSImportance(model, batches, torchattacks.FGSM, base=lambda group: scores)
+    with pytest.raises(InputError, match=f"^base: expected .* score for each of the group's .* channels.*got {got}"):
+        prune(model, importance, pruning_ratio=0.3)
+
+
 def test_a_base_that_scores_some_channels_nan(batches: Batches) -> None:
     model = small_cnn()
     importance = MRSImportance(model, batches, torchattacks.FGSM, base=lambda group: torch.tensor([1.0, math.nan]))

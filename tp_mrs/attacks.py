@@ -35,6 +35,7 @@ _NEEDS_MORE = ("MultiAttack", "LGV")  # cannot be made from a model and a size a
 _TARGETED = (torchattacks.AutoAttack, torchattacks.APGDT)
 _BOUNDED_L2 = ("PGDL2", "PGDRSL2")
 _SMALLEST_L2 = ("CW", "DeepFool")  # look for the smallest perturbation, however large that is
+_ROUNDING = 1e-3  # bfloat16 has three digits
 _STEPS = ("steps", "n_queries", "nb_iter")
 
 
@@ -66,17 +67,42 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
         _check_classes(built, model, images)
         try:
             with lent(model), torch.enable_grad():
-                adversarial = built(images, labels).detach()
+                adversarial = built(images.clone(), labels)
         except (RuntimeError, TypeError, IndexError) as error:
             reason = _reason(built, images, labels, str(error))
             if reason is None:
                 raise
             raise InputError(reason) from error
+        _check_like(images, adversarial, _name(built))
         if not bool(torch.isfinite(adversarial).all()):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity{culprit(model, images)}")
-        return adversarial
+        return _checked_range(adversarial.detach(), _name(built))
 
     return perturb
+
+
+def _check_like(images: Tensor, adversarial: object, name: str) -> None:
+    """Raise `InputError` unless an attack has returned images like those that it was given."""
+    if isinstance(adversarial, Tensor) and adversarial.shape == images.shape and adversarial.dtype == images.dtype:
+        return
+    got = type(adversarial).__name__
+    if isinstance(adversarial, Tensor):
+        got = f"{tuple(adversarial.shape)}, {adversarial.dtype}"
+    raise InputError(
+        f"attack: expected {name} to return images as it was given them, a tensor {tuple(images.shape)}, "
+        f"{images.dtype}, got {got}; correct its forward()"
+    )
+
+
+def _checked_range(images: Tensor, name: str) -> Tensor:
+    """The attacked images; `InputError` if they lie outside [0, 1] by more than rounding."""
+    low, high = (float(value) for value in torch.aminmax(images))
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise InputError(
+            f"attack: {name} returned values from {low:.3g} to {high:.3g}; expected images in [0, 1]: clamp them "
+            "in its forward()"
+        )
+    return images
 
 
 def _reason(attack: Attack, images: Tensor, labels: Tensor, error: str) -> str | None:
@@ -183,7 +209,8 @@ def parse_name(name: str) -> AttackName:
     match = re.fullmatch(r"([^-]+?)(?:-([^x]*))?(?:x([0-9]+))?", name.lower())
     base, steps, restarts = match.groups() if match else (name.lower().partition("-")[0], None, None)
     if match is None or base not in known:
-        guess = difflib.get_close_matches(base, known, n=1)
+        dashed = re.sub("(?<=[a-z])(?=[0-9]+$)", "-", base)  # pgd20
+        guess = [dashed] if dashed.partition("-")[0] in known else difflib.get_close_matches(base, known, n=1)
         hint = f"did you mean {guess[0]!r}?" if guess else "try 'pgd-20', 'fgsm', 'cw', 'square' or 'autoattack'"
         raise InputError(f"attack: no torchattacks attack is called {name!r}; {hint}")
     kind = known[base]

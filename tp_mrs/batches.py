@@ -43,7 +43,7 @@ def checked_batches(
     total = max_batches if max_batches is not None else len(data) if isinstance(data, Sized) else None
     with tqdm(total=total, desc=description, unit="batch", disable=None if progress else True, leave=False) as bar:
         for number, (images, labels) in enumerate(islice(pairs(data), max_batches)):
-            with _numbered(number):
+            with numbered(number):
                 images, labels = check_batch(images, labels)
                 images, labels = images.to(device), labels.to(device)
                 if classes is None:
@@ -56,7 +56,7 @@ def checked_batches(
 
 
 @contextmanager
-def _numbered(number: int) -> Iterator[None]:
+def numbered(number: int) -> Iterator[None]:
     """Let an `InputError` say in which batch it was found, from 0; of the first one that goes without saying."""
     try:
         yield

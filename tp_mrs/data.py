@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -283,6 +285,20 @@ def _svhn(root: Path, download: bool) -> ImageData:
     return _torchvision("svhn", make, 10, mean, std, flip=False, files=files)
 
 
+def files_of(dataset: Dataset[Any]) -> dict[str, str]:
+    """What tells a data set of image files from others: a checksum of their places and sizes; nothing of other data."""
+    whole: Any = dataset
+    while hasattr(whole, "dataset"):  # a part of it
+        whole = whole.dataset
+    listed: list[tuple[Any, Any]] = getattr(whole, "samples", None) or getattr(whole, "files", [])
+    files = [Path(path) for path, _ in listed]
+    if not files:
+        return {}
+    root = os.path.commonpath(files)
+    sizes = sorted((os.path.relpath(path, root), path.stat().st_size) for path in files)
+    return {"files": hashlib.sha256(repr(sizes).encode()).hexdigest()}
+
+
 class UnreadableImageError(InputError):
     """An image file is damaged or missing.
 
@@ -364,9 +380,13 @@ def _image_folder(root: Path, size: int) -> ImageData:
             for folder, transform in ((root / "train", random), (root / "train", centre), (held_out, centre))
         )
     except FileNotFoundError as error:
-        raise InputError(f"data_dir: {error}") from error
+        why = str(error).rstrip(".")
+        raise InputError(f"data_dir: {why}; put images there, or remove the empty folders") from error
     if train.classes != test.classes:
-        raise InputError(f"data_dir: {root / 'train'} and {held_out} have different class folders")
+        odd = ", ".join(sorted({*train.classes} ^ {*test.classes}))
+        raise InputError(
+            f"data_dir: {root / 'train'} and {held_out} have different class folders; only one of them has {odd}"
+        )
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     names = tuple(train.classes)
     return ImageData("image-folder", len(names), (3, size, size), *imagenet, train, calibration, test, names)

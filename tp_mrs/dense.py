@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .borrowing import preserved_rng
-from .data import ImageData, make_loader
+from .data import ImageData, files_of, make_loader
 from .files import check_output_folder
 from .finetuning import finetune
 from .models import create_model, normalize
@@ -120,6 +120,7 @@ def dense_file(
         "format": FORMAT,
         "data": data.name,
         "train_images": len(data.train),  # type: ignore[arg-type]
+        **files_of(data.train),
         "architecture": architecture,
         "arguments": dict(arguments or {}),
         "batch_size": batch_size,

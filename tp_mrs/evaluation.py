@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attacks import AttackLike, Perturb, bind, build, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
-from .errors import DivergenceError, InputError, check_choice, check_seed, device_of
+from .errors import DivergenceError, InputError, check_choice, check_seed, device_of, naming
 from .masking import Sample, contradictions, failures
 from .numerics import culprit
 from .processes import failing_together, gather, place
@@ -276,8 +276,9 @@ def _check_attacks(attacks: Sequence[str | AttackLike], model: nn.Module, eps: f
         raise InputError(f"attacks: expected a list of attacks, got the text {attacks!r}; write [{attacks!r}]")
     if not isinstance(attacks, Iterable):
         raise InputError(f"attacks: expected a list of attacks, such as ['pgd-20'], got {attacks!r:.80}")
-    for attack in attacks:
-        build(named_attack(attack, eps=eps) if isinstance(attack, str) else attack, model)
+    with naming("attacks", "attack"):
+        for attack in attacks:
+            build(named_attack(attack, eps=eps) if isinstance(attack, str) else attack, model)
 
 
 def _bound(attacks: Sequence[str | AttackLike], model: nn.Module, eps: float, num_classes: int) -> dict[str, Perturb]:

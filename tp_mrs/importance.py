@@ -125,7 +125,7 @@ class MRSImportance(tp.importance.Importance):
         measurement = self.measurement()
         weight, highest = self._weights(group, measurement)
         with lent_gradients(self.model, measurement.gradients):
-            scores = checked_scores(self.base(sorted_copy(group)))
+            scores = checked_scores(self.base(sorted_copy(group)), len(group[0].idxs))
         if scores is None or self.alpha == 0:
             return scores
         kept = scores.topk(self._kept(group, len(scores))).indices
@@ -164,13 +164,21 @@ class MRSImportance(tp.importance.Importance):
         return relative_weight(typical[0], mean, self.alpha), relative_weight(typical[1], mean, self.alpha)
 
 
-def checked_scores(scores: Tensor | None) -> Tensor | None:
+def checked_scores(scores: object, channels: int) -> Tensor | None:
     """A base's scores; 0 for all where they are 0/0, as Torch-Pruning divides by a group's mean.
 
     Raises:
-        InputError: only some are NaN.
+        InputError: they are not one number for each channel, or only some are NaN.
     """
-    if scores is None or not scores.isnan().any():
+    if scores is None:
+        return None
+    if not isinstance(scores, Tensor) or scores.shape != (channels,):
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(
+            f"base: expected it to return a tensor with a score for each of the group's {channels} channels, or None, "
+            f"got {got}; pass an object such as tp.importance.MagnitudeImportance(), or a function of a group"
+        )
+    if not scores.isnan().any():
         return scores
     if not scores.isnan().all():
         raise InputError("base: expected a score for each channel, found NaN among them; correct the importance")

@@ -14,6 +14,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from .batches import numbered
 from .errors import DivergenceError, InputError, device_of, naming
 from .passes import Passes
 from .processes import failing_together, gather, place
@@ -118,7 +119,7 @@ class Training:
         begun, before = perf_counter(), len(self.ended)
         with failing_together(), naming("train_data"):
             count = min(self.accumulate, self.total - self.done)
-            batches = [self.update.check(*batch) for batch in islice(self.passes, count)]
+            batches = [self._checked(*batch) for batch in islice(self.passes, count)]
         self.scheduler.step_update(self.step)
         for size, loss in self.update(batches):
             self._record(size, loss)
@@ -130,6 +131,11 @@ class Training:
             self._validate(before)
         self.history[-1] = replace(self.history[-1], seconds=self.history[-1].seconds + perf_counter() - begun)
         return self.ended[before:]
+
+    def _checked(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """The batch that the pass has come to, fit for the model."""
+        with numbered(self.passes.taken - 1):
+            return self.update.check(images, labels)
 
     def check_weights(self) -> None:
         """Raise `DivergenceError` unless all is finite that was finite at the beginning."""

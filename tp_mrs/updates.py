@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -45,10 +46,11 @@ class Update:
         """The number of images and their mean loss in each of the batches, over all processes.
 
         Gradients are averaged over all images of all batches and processes. The buffers, such as BatchNorm's running
-        statistics, are the first process's afterwards.
+        statistics, are the first process's afterwards. If a loss is not finite, weights and buffers stay as they are.
         """
         sizes = [sum(each) for each in zip(*gather([len(images) for images, _ in batches]), strict=True)]
         count, total = place()[1], sum(sizes)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad()
         losses = []
         for number, (images, labels) in enumerate(batches, start=1):
@@ -57,11 +59,16 @@ class Update:
                 self.accelerator.backward(loss * (len(images) * count / total))
             losses.append(len(images) * loss.detach().double())
         self._check_all_used()
+        means = [loss / size for size, loss in zip(sizes, add_up(torch.stack(losses)).tolist(), strict=True)]
+        if not all(map(math.isfinite, means)):
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            return list(zip(sizes, means, strict=True))
         if self.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         share(self.model.buffers())
-        return [(size, loss / size) for size, loss in zip(sizes, add_up(torch.stack(losses)).tolist(), strict=True)]
+        return list(zip(sizes, means, strict=True))
 
     def robust_accuracy(self) -> float | None:
         """Of the model as it is now, in eval mode, on this process's last attacked images; None if none were."""

@@ -25,6 +25,10 @@ REPLACES = {
 """Option → others that make no sense beside it: given on the command line, it also takes their place."""
 
 
+SHOWING = ("out", "quiet", "json", "dry-run", "device")
+"""What does not make a run another one."""
+
+
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of the command line; what it leaves out comes from the file that `--config` names, if it does.
 
@@ -65,11 +69,32 @@ def read_config(path: str | Path, name: str, command: argparse.ArgumentParser) -
 
 def write_config(path: str | Path, arguments: argparse.Namespace) -> Path:
     """Write all arguments of a command, so that `tp-mrs COMMAND --config path` gives the same again."""
-    content = {name.replace("_", "-"): value for name, value in vars(arguments).items()}
+    content = _settings(arguments)
     command = content.pop("command")
     head = f"# tp-mrs {__version__}; to repeat it: tp-mrs {command} --config {Path(path).name}\n"
     text: str = _yaml().safe_dump({"command": command, **content}, sort_keys=False, allow_unicode=True)
     return write_bytes(path, (head + text).encode())
+
+
+def check_same_run(folder: str | Path, arguments: argparse.Namespace) -> None:
+    """Raise `InputError` if the folder has the results of a run with other settings, which these would replace."""
+    path = Path(folder).expanduser() / "run.yaml"
+    if not path.is_file():
+        return
+    there, here = _content(path), _settings(arguments)
+    if there.get("command") != here["command"]:
+        what = f"tp-mrs {there.get('command')}"
+    else:
+        other = next((name for name in here if name not in SHOWING and there.get(name) != here[name]), None)
+        if other is None:
+            return
+        what = f"a run with {other} {there.get(other)} (here {here[other]})"
+    raise InputError(f"out: {folder} has the results of {what}; choose another folder, or remove it")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a command under the names of its options."""
+    return {name.replace("_", "-"): value for name, value in vars(arguments).items()}
 
 
 def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:

@@ -29,6 +29,7 @@ from tp_mrs.storage import load
 from tp_mrs.tensorfile import read
 
 from .arguments import PRESETS, Preset
+from .config import check_same_run
 from .launch import first_one_first
 from .preview import attack_passes, evaluation_passes, training_passes
 
@@ -77,8 +78,12 @@ class Job:
         with naming("more_eps"):
             sizes = {parse_eps(size) for size in self._given("more_eps").get("more_eps", [])}
         self.more_eps = sorted(sizes - {self.eps})
-        for name in (*arguments.attacks, *self._given("attack", "train_attack").values()):
-            self._named(name)
+        with naming("attacks", "attack"):
+            for name in arguments.attacks:
+                self._named(name)
+        for option, name in self._given("attack", "train_attack").items():
+            with naming(option, "attack"):
+                self._named(name)
 
     @property
     def attack(self) -> AttackFactory:
@@ -231,6 +236,7 @@ class Job:
                 file = weights_file(path)
             if file.resolve() == (folder / WEIGHTS).resolve():
                 raise InputError(f"out: the results would replace the {name} {path}; choose another folder")
+        check_same_run(folder, self.arguments)
         return check_output_folder(folder, files=files)
 
     def _given(self, *names: str) -> dict[str, Any]:
