@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def as_list() -> Batches:
 
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (loader, {"accumulate": 2, "clip_norm": 0.5}),
-    "adamw": (own_generator, {"optimizer": "adamw", "lr": 0.01, "accumulate": 3, "channels_last": True}),
+    "adamw": (own_generator, {"optimizer": "adamw", "lr": 0.01, "accumulate": 2, "channels_last": True}),
     "adafactorbv": (loader, {"optimizer": "adafactorbv", "lr": 0.01}),  # its state has types of numbers
     "awp": (weighted, {"objective": "trades-awp", "attack": "tpgd-2"}),
     "replaced": (replaced, {"objective": "mart", "attack": "pgd-2"}),
@@ -119,14 +120,18 @@ def stopping(after: int) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("awp", "replaced", "workers")])
-def test_a_run_that_stops_and_starts_again_ends_the_same(name: str, tmp_path: Path) -> None:
+def test_a_run_that_stops_and_starts_again_ends_the_same(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = train(name, objective=stopping(0))
     path = tmp_path / "run.safetensors"
     for after in (6, 5, 4, 7):  # calls from the start or the last checkpoint on
         torch.manual_seed(after)  # the caller's random state is of no account
         with pytest.raises(StopError):
             train(name, objective=stopping(after), checkpoint=path)
-    assert same(train(name, objective=stopping(0), checkpoint=path), expected)
+    with caplog.at_level("INFO", logger="tp_mrs.finetuning"):
+        assert same(train(name, objective=stopping(0), checkpoint=path), expected)
+    assert re.search(r"going on from .* after \d+ of \d+ batches", caplog.text)
     assert same(train(name, objective=stopping(1), checkpoint=path), expected), "trained again"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ from .storage import put_tensors
 from .training import Epoch, Training, epochs_of, moving_average
 from .updates import Update, make_optimizer, make_scheduler, training_mode, unmarked
 from .validation import Validation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ def finetune(
         training = plan.training(model)
         if saved is not None:
             training.restore(saved)
+            logger.info("going on from %s after %d of %d batches", checkpoint, training.done, training.total)
         try:
             _run(training, file, plan.journal, every=checkpoint_every, progress=progress)
         except DivergenceError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,8 @@ from .objectives import name_of
 from .processes import gather
 from .randomness import generator_states, generators, set_generator_states
 from .storage import take_shapes, tensors_of, untold_sizes
+
+logger = logging.getLogger(__name__)
 
 
 class Stages:
@@ -81,6 +84,7 @@ class Stages:
                 }
             )
             return result
+        logger.info("%s: done before, read from %s", name, path)
         take_shapes(self.model, saved["model"], saved["sizes"])
         for key, parameter in self.model.named_parameters():
             parameter.requires_grad_(key not in saved["frozen"])
