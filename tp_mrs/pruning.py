@@ -27,6 +27,7 @@ def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
 
     The classifier is ignored, so that the outputs stay; the attention layers' numbers of heads are given. All
     dictionaries are new with each call, because Torch-Pruning's own defaults are shared between pruners and mutated.
+    Torch-Pruning makes new parameters of those that it shortens: freeze again what was frozen after `pruner.step()`.
 
     Args:
         model: a timm model, or any model whose classifier is its last linear or convolutional layer.
