@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,9 +75,15 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
                 raise
             raise InputError(reason) from error
         _check_like(images, adversarial, _name(built))
-        if not bool(torch.isfinite(adversarial).all()):
+        low, high = torch.stack(torch.aminmax(adversarial.detach())).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise DivergenceError(f"attack: {_name(built)} returned NaN or infinity{culprit(model, images)}")
-        return _checked_range(adversarial.detach(), _name(built))
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
+            raise InputError(
+                f"attack: {_name(built)} returned values from {low:.3g} to {high:.3g}; expected images in [0, 1]: "
+                "clamp them in its forward()"
+            )
+        return adversarial.detach()
 
     return perturb
 
@@ -92,17 +99,6 @@ def _check_like(images: Tensor, adversarial: object, name: str) -> None:
         f"attack: expected {name} to return images as it was given them, a tensor {tuple(images.shape)}, "
         f"{images.dtype}, got {got}; correct its forward()"
     )
-
-
-def _checked_range(images: Tensor, name: str) -> Tensor:
-    """The attacked images; `InputError` if they lie outside [0, 1] by more than rounding."""
-    low, high = (float(value) for value in torch.aminmax(images))
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise InputError(
-            f"attack: {name} returned values from {low:.3g} to {high:.3g}; expected images in [0, 1]: clamp them "
-            "in its forward()"
-        )
-    return images
 
 
 def _reason(attack: Attack, images: Tensor, labels: Tensor, error: str) -> str | None:

@@ -177,7 +177,7 @@ def mrpf(
     check_options(rounds=rounds, epochs=epochs, alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
-    with naming("train_attack", "attack"):
+    with naming("train_attack"):
         check_training(model, train_data, epochs=epochs or 1, **training)
     images = calibration_data if calibration_data is not None else train_data
     source = "train_data" if calibration_data is None else "calibration_data"

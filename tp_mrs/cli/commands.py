@@ -37,7 +37,7 @@ from tp_mrs.storage import load
 
 from .arguments import BUDGETS, parse
 from .completion import completion_script
-from .config import check_same_run, write_config
+from .config import write_config
 from .display import messages, pictures, print_change, print_curves, print_evaluations, print_report, save_figure
 from .doctor import examine, summary
 from .jobs import Job
@@ -232,7 +232,7 @@ def _previewed(job: Job) -> Result:
 
 def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
-    out = _folder_beside(arguments, MEASURED)
+    out = job.output_folder(*MEASURED) if arguments.out else None
     sensitivity = _measured(job, job.model(), steps=arguments.steps)
     if out is not None and place()[0] == 0:
         sensitivity.save(out / "sensitivity.json")
@@ -241,14 +241,6 @@ def _sensitivity(arguments: argparse.Namespace, device: torch.device) -> Result:
     if not arguments.json:
         print(sensitivity)
     return sensitivity.to_dict()
-
-
-def _folder_beside(arguments: argparse.Namespace, files: Iterable[str]) -> Path | None:
-    """The folder for results of a command that need not write any, ready for these files; None if none is wished."""
-    if not arguments.out:
-        return None
-    check_same_run(arguments.out, arguments)
-    return check_output_folder(arguments.out, files=files)
 
 
 def _measured(job: Job, model: nn.Module, *, steps: int = 5) -> Sensitivity:
@@ -304,7 +296,7 @@ def _finetune(arguments: argparse.Namespace, device: torch.device) -> Result:
 
 def _evaluate(arguments: argparse.Namespace, device: torch.device) -> Result:
     job = Job(arguments, device)
-    out = _folder_beside(arguments, EVALUATED)
+    out = job.output_folder(*EVALUATED) if arguments.out else None
     model = job.model()
     result = _assessed(job, model, masking=arguments.masking)
     curve = _in_order([*_at_more_sizes(job, model), result])

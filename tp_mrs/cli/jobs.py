@@ -82,7 +82,7 @@ class Job:
             for name in arguments.attacks:
                 self._named(name)
         for option, name in self._given("attack", "train_attack").items():
-            with naming(option, "attack"):
+            with naming(option):
                 self._named(name)
 
     @property
@@ -231,7 +231,8 @@ class Job:
             InputError: it cannot be written, or `model.safetensors` in it is what the command reads.
         """
         folder = check_path("out", self.arguments.out)
-        for name, path in self._given("checkpoint", "teacher").items():
+        read = self._given("checkpoint", "teacher") if WEIGHTS in files else {}
+        for name, path in read.items():
             with naming(name, "path"):
                 file = weights_file(path)
             if file.resolve() == (folder / WEIGHTS).resolve():
