@@ -286,20 +286,20 @@ def report() -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    first = runs[0]
-    shared = [label for label in first["rows"] if all(label in run["rows"] for run in runs)]
-    found = {label: evaluations(runs, label) for label in shared}
+    first, labels = runs[0], max((list(run["rows"]) for run in runs), key=len)
+    images = Evaluation.from_dict(first["rows"][PLAIN]).images
     text = (
         f"**{first['data']}**, {first['network']} pruned to {first['macs']:.0%} of the MACs, {first['passes']} passes "
-        f"for each training image; mean over {len(runs)} seeds, in brackets each seed; "
-        f"{found[PLAIN][0].images} test images, intervals as above."
+        f"for each training image; mean over {len(runs)} seeds, or those that a recipe was run on, in brackets each; "
+        f"{images} test images, intervals as above."
     )
     rows = []
-    for label, each in found.items():
-        recipe = label in RECIPES
-        cells = [f"{first['rows'][label]['epochs']:.3g}" if recipe else ""]
-        cells += [each_seed([one.accuracy(name) for one in each]) for name in COLUMNS]
-        cells.append(lead(each, found[PLAIN], "pgd-20") if recipe and label != PLAIN else "")
+    for label in labels:
+        having = [run for run in runs if label in run["rows"]]
+        found, recipe = evaluations(having, label), label in RECIPES
+        cells = [f"{having[0]['rows'][label]['epochs']:.3g}" if recipe else ""]
+        cells += [each_seed([one.accuracy(name) for one in found]) for name in COLUMNS]
+        cells.append(lead(found, evaluations(having, PLAIN), "pgd-20") if recipe and label != PLAIN else "")
         rows.append([label, *cells])
     return f"{text}\n\n{markdown(['objective', 'epochs', *COLUMNS.values(), f'PGD-20, less {PLAIN}'], rows)}"
 
