@@ -144,7 +144,7 @@ class Tuning(NamedTuple):
 
 
 FAST = Tuning({}, passes=2)
-MART = Tuning({"objective": "mart", "attack": "pgd-3"}, passes=5)
+MART = Tuning({"objective": "mart", "attack": "ffgsm"}, passes=3)
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def precision(seed: int) -> dict[str, Any]:
 
 # --- AutoAttack ------------------------------------------------------------------------------------------------------
 
-AUTOATTACKED = ("dense", "fast AT", "PGD-AT", "MART")
+AUTOATTACKED = ("dense", "fast AT", "MART", "MART, fast")
 AUTOATTACK_IMAGES = 100
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ from tp_mrs.data import load_data, make_loader, random_subset
 from tp_mrs.errors import DivergenceError, InputError
 from tp_mrs.files import read_json, write_json
 from tp_mrs.pruning import LAYERS
+from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
@@ -61,12 +62,14 @@ class Tier:
     Attributes:
         grid: data and network → budgets → epochs of fine-tuning (0: none).
         contenders: by name.
+        finetuned: those of them that are fine-tuned.
         attacks: to evaluate with.
     """
 
     grid: Mapping[tuple[str, str], Mapping[Budget, Sequence[float]]]
     seeds: Sequence[int] = (0, 1, 2)
     contenders: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
+    finetuned: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
     test_images: int = 500
     attacks: Sequence[str] = ("pgd-20",)
 
@@ -86,6 +89,25 @@ def budgets(macs: Mapping[float, Sequence[float]], params: Mapping[float, Sequen
 
 
 CURVE = (0, 0.25, 1, 4)
+LEADING = (
+    "L1, uniform",
+    "L2, uniform",
+    "L2, global",
+    "L2, isomorphic",
+    "FPGM, uniform",
+    "BN scale, global",
+    "BN scale, isomorphic",
+    "Taylor (adversarial), global",
+    "Hessian (adversarial), global",
+    "GroupNormPruner",
+    "MRS allocate",
+    "MRS allocate, MART",
+    "MRSImportance + Taylor, global",
+    "mrpf, 2 rounds",
+    "without allocation: α = 0",
+)
+"""Fine-tuning takes most of the time: not every one of `CONTENDERS` gets it."""
+
 TIERS = {
     "smoke": Tier(
         {("digits", "narrowest resnet18"): budgets({0.5: (0, 1)}, {})},
@@ -96,12 +118,13 @@ TIERS = {
     "cpu": Tier(
         {
             ("cifar10", "resnet18"): budgets(
-                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 1)}, {0.5: (0,)}
+                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 2)}, {0.5: (0,)}
             ),
             ("digits", "narrow resnet18"): budgets({0.25: CURVE, 0.5: CURVE, 0.75: (0,), 0.1: CURVE}, {0.25: (0,)}),
             ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
             ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
-        }
+        },
+        finetuned=LEADING,
     ),
     "gpu": Tier(
         {
@@ -109,20 +132,7 @@ TIERS = {
             for network in NETWORKS
             if network[1].startswith("full ")
         },
-        contenders=(
-            "L1, uniform",
-            "L2, uniform",
-            "L2, global",
-            "FPGM, uniform",
-            "BN scale, global",
-            "Taylor (adversarial), global",
-            "Hessian (adversarial), global",
-            "GroupNormPruner",
-            "MRS allocate",
-            "MRSImportance + Taylor, global",
-            "mrpf, 2 rounds",
-            "without allocation: α = 0",
-        ),
+        contenders=LEADING,
         test_images=1000,
         attacks=("pgd-20", "autoattack"),
     ),
@@ -145,7 +155,10 @@ class Cell:
         if path.exists():
             self.content = read_json(path, FORMAT)
             if self.content["settings"] != json.loads(json.dumps(settings)):
-                raise InputError(f"out: {path} was made with other settings; remove it, or choose another folder")
+                raise InputError(
+                    f"out: {path} was made with other settings, or from another dense network; remove all of its "
+                    "network and seed, or choose another folder"
+                )
 
     def add(self, **found: Any) -> None:
         self.content |= {**found, **provenance()}
@@ -203,6 +216,7 @@ def do(
     folder: Path,
     data_dir: str | None = None,
     *,
+    finetuned: Container[str] | None = None,
     test_images: int = 500,
     attacks: Sequence[str] = ("pgd-20",),
 ) -> None:
@@ -214,12 +228,17 @@ def do(
         contenders: by name, those of `CONTENDERS` and your own.
         folder: for the cells; `report.comparisons` reads them.
         data_dir: folder with the data sets; digits need none.
+        finetuned: names of contenders to fine-tune; all if None.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
+
+    Raises:
+        InputError: a cell there was made with other settings, or from another dense network: one that is trained on
+            another kind of machine differs in its last bits, and then in more.
     """
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
-    settings = settings_of(work, test_images)
+    settings = {**settings_of(work, test_images), "dense": checksum(tensors_of(subject.model))}
     assessed = partial(assess, subject=subject, test_images=test_images, attacks=attacks)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
@@ -227,6 +246,8 @@ def do(
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
+            if point and finetuned is not None and name not in finetuned:
+                continue
             if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
                 start = time.perf_counter()
                 shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), assessed)
@@ -266,7 +287,16 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
 def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
     """`do` in another process, which names reach, and functions don't."""
     contenders = {name: CONTENDERS[name] for name in tier.contenders}
-    do(work, epochs, contenders, folder, data_dir, test_images=tier.test_images, attacks=tier.attacks)
+    do(
+        work,
+        epochs,
+        contenders,
+        folder,
+        data_dir,
+        finetuned=tier.finetuned,
+        test_images=tier.test_images,
+        attacks=tier.attacks,
+    )
 
 
 def _start(threads: int) -> None:
@@ -295,7 +325,9 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
     arguments = parser.parse_args()
     tier = TIERS[arguments.tier]
-    tier = replace(tier, seeds=arguments.seeds or tier.seeds, contenders=arguments.contenders or tier.contenders)
+    tier = replace(tier, seeds=arguments.seeds or tier.seeds)
+    if arguments.contenders:
+        tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
     wanted = [name for name in tier.grid if not arguments.networks or "/".join(name) in arguments.networks]
     there = at_hand({data for data, _ in wanted}, arguments.data_dir)
     work = [

@@ -59,7 +59,8 @@ def test_another_objective_may_spend_no_more_passes(subject: Subject, monkeypatc
     told: dict[str, Any] = {}
     monkeypatch.setattr(roster, "finetune", lambda *_, **arguments: told.update(arguments))
     CONTENDERS["MRS allocate, MART"](subject, Budget("macs", 0.5), 2)
-    assert (told["objective"], told["attack"], told["epochs"]) == ("mart", "pgd-3", 0.8)  # 5 passes for 2
+    assert (told["objective"], told["attack"]) == ("mart", "ffgsm")
+    assert told["epochs"] == pytest.approx(4 / 3)  # 3 passes for 2
 
 
 def test_squares_are_the_mean_over_images_of_squared_gradients(subject: Subject) -> None:
@@ -173,8 +174,22 @@ def test_a_wider_run_adds_points_to_the_curve(cells: Path) -> None:
 
 
 def test_other_settings_are_refused(cells: Path) -> None:
-    with pytest.raises(InputError, match=r"^out: .* made with other settings; remove it"):
+    with pytest.raises(InputError, match=r"^out: .* made with other settings"):
         run.do(WORK, (0,), FEW, cells, test_images=30)
+
+
+def test_another_dense_network_is_refused(cells: Path, subject: Subject) -> None:
+    """Differences between contenders are on the same one."""
+    with torch.no_grad():
+        next(subject.model.parameters())[0] += 1e-6
+    with pytest.raises(InputError, match=r"^out: .*dense-0.json was made .* from another dense network; remove all"):
+        run.do(WORK, (0,), FEW, cells, test_images=20)
+
+
+def test_only_those_named_are_finetuned(cells: Path) -> None:
+    run.do(WORK, (0, 0.02), FEW, cells, test_images=20, finetuned=(MAIN,))
+    curves = {name: list(read_json(run.path_of(cells, WORK, name), run.FORMAT)["curve"]) for name in FEW}
+    assert curves == {name: ["0", "0.02"] if name == MAIN else ["0"] for name in FEW}
 
 
 def test_a_contender_that_cannot_meet_the_budget_is_reported(
