@@ -32,7 +32,7 @@ FEWEST_POINTS = 3
 """Of a curve over the epochs of fine-tuning."""
 
 GREY = "#999999"
-PANEL_WIDTH, LABEL_WIDTH = 4.6, 2.8
+PANEL_WIDTH, LABEL_WIDTH, ROW_HEIGHT = 4.6, 2.8, 0.22
 """In inches."""
 
 
@@ -289,8 +289,8 @@ SIDEWAYS = -0.7
 """Percent of the MACs between contenders of the same size, so that intervals do not hide each other."""
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(PANEL_WIDTH * count, 4.4), layout="constrained")
+def panels(count: int, height: float = 4.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(PANEL_WIDTH * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -347,7 +347,8 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
             axis.axhline(ours[0].dense_accuracy(ours[0].dense), color="black", linestyle=":", label="dense")
             axis.set_title(subject, fontsize="medium")
             axis.set_xlabel("MACs left (%, moved apart), no fine-tuning")
-            axis.set_xlim(0, 105)
+            targets = [100 * one.key.target for one in ours]
+            axis.set_xlim(min(targets) - 10, max(targets) + 10)
         finish(figure, axes, path)
 
 
@@ -373,22 +374,36 @@ def plot_curves(found: Sequence[Comparison], path: Path) -> None:
 def plot_widths(found: Sequence[Comparison], path: Path) -> None:
     """Channels that each layer keeps, of the first seed, at the smallest budget of MACs of each network."""
     groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
-    if groups:
-        figure, axes = panels(len(groups))
-        for axis, ours in zip(axes, groups.values(), strict=True):
-            one = min(ours, key=lambda one: one.key.target)
-            seed = one.seeds(MAIN, "0")[0]
-            dense = one.dense[seed]["widths"]
+    smallest = [min(ours, key=lambda one: one.key.target) for ours in groups.values()]
+    kept = [channels_kept(one, one.seeds(MAIN, "0")[0]) for one in smallest]
+    if kept:
+        figure, axes = panels(len(kept), height=1.2 + ROW_HEIGHT * max(len(layers) for layers in kept))
+        for axis, one, layers in zip(axes, smallest, kept, strict=True):
+            for row, widths in enumerate(layers.values()):
+                axis.plot([min(widths.values()), max(widths.values())], [row, row], color=GREY, linewidth=0.8, zorder=1)
             for name, (colour, marker) in SHOWN.items():
-                cell = one.cells.get(name, {}).get(seed)
-                if cell and "widths" in cell:
-                    kept = [100 * cell["widths"][layer] / width for layer, width in dense.items()]
-                    axis.plot(
-                        range(len(kept)), kept, color=colour, marker=marker, markersize=4, linewidth=1, label=name
-                    )
+                points = [(widths[name], row) for row, widths in enumerate(layers.values()) if name in widths]
+                if points:
+                    xs, ys = zip(*points, strict=True)
+                    size = 36 if name == MAIN else 20
+                    axis.scatter(xs, ys, s=size, c=colour, marker=marker, label=name, zorder=2)
             axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
-            axis.set_xlabel("layer, from input to output")
-        finish(figure, axes, path, "output channels kept (%)")
+            axis.set_yticks(range(len(layers)), list(layers), fontsize="small")
+            axis.set_ylim(len(layers) - 0.5, -0.5)
+            axis.set_xlim(0, 103)
+            axis.set_xlabel("output channels kept (%)")
+        finish(figure, axes, path, "")
+
+
+def channels_kept(comparison: Comparison, seed: int) -> dict[str, dict[str, float]]:
+    """Of each layer that any of the contenders shown prunes, what each of them keeps, in %."""
+    cells = {name: comparison.cells.get(name, {}).get(seed, {}) for name in SHOWN}
+    found: dict[str, dict[str, float]] = {}
+    for layer, width in comparison.dense[seed]["widths"].items():
+        kept = {name: 100 * cell["widths"][layer] / width for name, cell in cells.items() if "widths" in cell}
+        if min(kept.values()) < 100:
+            found[layer] = kept
+    return found
 
 
 PLOTS: dict[str, Callable[[Sequence[Comparison], Path], None]] = {
