@@ -78,9 +78,14 @@ class Comparison:
         wanted = self.seeds(MAIN, point)
         return [name for name in self.names if wanted and set(wanted) <= set(self.seeds(name, point))]
 
-    def accuracy(self, contender: str, point: str, attack: str = ATTACK) -> float:
-        """Mean over seeds, in %."""
-        seeds = self.seeds(contender, point)
+    def whole_curve(self, contender: str = MAIN) -> list[int]:
+        """Seeds with results for every point that the main contender has."""
+        points = [point for point in self.points() if self.seeds(MAIN, point)]
+        return sorted(set.intersection(*(set(self.seeds(contender, point)) for point in points))) if points else []
+
+    def accuracy(self, contender: str, point: str, attack: str = ATTACK, seeds: Iterable[int] | None = None) -> float:
+        """Mean over seeds, in %; over all there are, unless told which."""
+        seeds = self.seeds(contender, point) if seeds is None else seeds
         return 100 * statistics.mean(self.cells[contender][seed]["curve"][point][attack] for seed in seeds)
 
     def size(self, contender: str, measure: str) -> float:
@@ -185,18 +190,22 @@ def recovery(comparison: Comparison) -> str:
     points = [point for point in comparison.points() if comparison.seeds(MAIN, point)]
     if len(points) < FEWEST_POINTS:
         return ""
-    names = [name for name in CONTENDERS if all(name in comparison.common(point) for point in points)]
-    dense = comparison.dense_accuracy(comparison.seeds(MAIN, points[0]))
+    seeds = comparison.whole_curve()
+    names = [name for name in comparison.names if seeds and set(seeds) <= set(comparison.whole_curve(name))]
+    if not names:
+        return ""
+    dense = comparison.dense_accuracy(seeds)
     epochs = [float(point) for point in points]
     rows = []
     for name in names:
-        curve = [comparison.accuracy(name, point) for point in points]
+        curve = [comparison.accuracy(name, point, seeds=seeds) for point in points]
         needed = crossing(epochs, curve, dense - 3)
         shown = f"more than {points[-1]}" if needed is None else f"{needed:.2f}"
         rows.append([f"**{name}**" if name in OURS else name, shown, *(f"{value:.1f}" for value in curve)])
     title = (
         f"**Recovery**, {comparison.key.subject}, {comparison.key}: epochs of fine-tuning to PGD-20 accuracy "
-        f"within 3 points of the dense networks' {dense:.1f}, on a straight line between the measured; and after each."
+        f"within 3 points of the dense networks' {dense:.1f}, on a straight line between the measured; and after each. "
+        f"Mean over {len(seeds)} seed{'s' if len(seeds) != 1 else ''}."
     )
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
 
@@ -301,9 +310,12 @@ def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
     return groups
 
 
-def spread(comparison: Comparison, name: str, point: str) -> tuple[float, float, float]:
+def spread(
+    comparison: Comparison, name: str, point: str, seeds: Iterable[int] | None = None
+) -> tuple[float, float, float]:
     """Robust accuracy in %, and its 95% interval over seeds and images."""
-    return bootstrap([right(comparison.cells[name][seed], point) for seed in comparison.seeds(name, point)])
+    seeds = comparison.seeds(name, point) if seeds is None else seeds
+    return bootstrap([right(comparison.cells[name][seed], point) for seed in seeds])
 
 
 def draw(axis: Axes, name: str, xs: Sequence[float], found: Sequence[tuple[float, float, float]]) -> None:
@@ -354,17 +366,18 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
 
 def plot_curves(found: Sequence[Comparison], path: Path) -> None:
     """Robust accuracy against epochs of fine-tuning."""
-    curves = [one for one in found if len([point for point in one.points() if one.seeds(MAIN, point)]) >= FEWEST_POINTS]
+    curves = [one for one in found if recovery(one)]
     if curves:
         figure, axes = panels(len(curves))
         for axis, one in zip(axes, curves, strict=True):
+            points, seeds = [point for point in one.points() if one.seeds(MAIN, point)], one.whole_curve()
             for name in SHOWN:
-                points = [point for point in one.points() if one.seeds(name, point)]
-                if points:
-                    draw(axis, name, [float(point) for point in points], [spread(one, name, point) for point in points])
-            axis.axhline(one.dense_accuracy(one.dense), color="black", linestyle=":", label="dense")
+                if set(seeds) <= set(one.whole_curve(name)):
+                    found_at = [spread(one, name, point, seeds) for point in points]
+                    draw(axis, name, [float(point) for point in points], found_at)
+            axis.axhline(one.dense_accuracy(seeds), color="black", linestyle=":", label="dense")
             axis.set_xscale("symlog", linthresh=0.1)
-            ticks = [float(point) for point in one.points()]
+            ticks = [float(point) for point in points]
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
             axis.set_xlabel("epochs of fine-tuning")
