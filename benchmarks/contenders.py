@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from operator import methodcaller
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,6 +34,7 @@ from tp_mrs.allocation import amount
 from tp_mrs.architectures import LAYERS
 from tp_mrs.attacks import AttackLike, Perturb, bind, named_attack, parse_eps
 from tp_mrs.borrowing import borrowed
+from tp_mrs.compensation import step_with
 from tp_mrs.data import ImageData, make_loader, random_subset
 from tp_mrs.errors import device_of
 from tp_mrs.importance import lent_gradients, sorted_copy
@@ -107,7 +109,8 @@ class Evidence:
     def measurement(self) -> Measurement:
         """First-order scores, and the mean gradient."""
         subject = self.subject
-        return measure(subject.model, subject.calibration, self.attack, seed=subject.seed, progress=False)
+        settings: dict[str, Any] = {"seed": subject.seed, "progress": False}
+        return measure(subject.model, subject.calibration, self.attack, moments=True, **settings)
 
     @cached_property
     def squares(self) -> dict[str, Tensor]:
@@ -257,13 +260,16 @@ SCOPES: dict[str, dict[str, bool]] = {
 """Torch-Pruning's: one ratio for all groups, one ranking of all channels, or one for groups of the same structure."""
 
 
-def by_ratio(make: Make, scope: str, dense: Callable[[Subject], nn.Module] | None = None) -> Prune:
+def by_ratio(
+    make: Make, scope: str, dense: Callable[[Subject], nn.Module] | None = None, compensate: bool = False
+) -> Prune:
     """Torch-Pruning's own way: one pruning ratio for the network, here the one that meets the budget.
 
     Args:
         make: the importance.
         scope: of `SCOPES`.
         dense: makes another model than the subject's own to start from.
+        compensate: whether layers make up for the channels that go, as in ours.
     """
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
@@ -274,7 +280,8 @@ def by_ratio(make: Make, scope: str, dense: Callable[[Subject], nn.Module] | Non
             torch.manual_seed(subject.seed)
             pruned = copy.deepcopy(model)
             importance = make(subject, pruned)
-            build_pruner(pruned, subject.example, importance, pruning_ratio=ratio, **SCOPES[scope]).step()
+            pruner = build_pruner(pruned, subject.example, importance, pruning_ratio=ratio, **SCOPES[scope])
+            stepping(subject, compensate)(pruner)
             return amount(refresh(pruned), subject.example, budget.measure) / whole, pruned
 
         low, high = 0.0, 1.0
@@ -297,17 +304,26 @@ Scores: TypeAlias = Callable[[Subject], Any]
 """What `allocate` goes by: a `Sensitivity`, or a score for each group."""
 
 
-def allocated(make: Make, scores: Scores, alpha: float = 0.5, round_to: int | None = None) -> Prune:
+def allocated(
+    make: Make, scores: Scores, alpha: float = 0.5, round_to: int | None = None, compensate: bool = False
+) -> Prune:
     """Ratios from `allocate`, channels within a group by the importance."""
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
         model = copy.deepcopy(subject.model)
         wanted: dict[str, Any] = {budget.measure: budget.target}
         ratios = allocate(model, subject.example, scores(subject), alpha=alpha, round_to=round_to, **wanted)
-        prune_by_ratio(model, subject.example, ratios, make(subject, model))
+        prune_by_ratio(model, subject.example, ratios, make(subject, model), stepping(subject, compensate))
         return model
 
     return prune
+
+
+def stepping(subject: Subject, compensate: bool) -> Callable[[Any], None]:
+    """What takes a pruner's step."""
+    if not compensate:
+        return methodcaller("step")
+    return partial(step_with, moments=subject.adversarial.measurement.moments)
 
 
 def sensitivity(subject: Subject) -> Any:

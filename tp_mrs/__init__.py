@@ -3,6 +3,7 @@
 from ._version import __version__
 from .allocation import allocate
 from .card import save
+from .compensation import compensated_step
 from .coupling import CouplingReport, check_coupling
 from .errors import DivergenceError, InputError
 from .evaluation import Evaluation, evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "allocate",
     "check_coupling",
+    "compensated_step",
     "create_model",
     "evaluate",
     "export",

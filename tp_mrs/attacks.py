@@ -7,21 +7,23 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
 import torchattacks
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from .batches import num_classes
-from .borrowing import lent
+from .batches import checked_batches, num_classes
+from .borrowing import lent, seed_all
 from .composed import Restarts, WithinL2, autoattack
 from .errors import DivergenceError, InputError, device_of, naming
 from .numerics import culprit
+from .processes import place
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,34 @@ def bind(attack: AttackLike, model: nn.Module) -> Perturb:
         return adversarial.detach()
 
     return perturb
+
+
+def attacked_batches(
+    model: nn.Module,
+    data: Iterable[Any],
+    attack: AttackLike,
+    *,
+    max_batches: int | None,
+    seed: int,
+    progress: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """This process's batches of adversarial images; the random start of each depends on its number alone."""
+    number, count = place()
+    if count > 1 and isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
+        raise InputError(
+            "data: accelerate has prepared this loader, so it gives each process other images, and some of them twice; "
+            "pass the loader from before that: each process takes its part by itself"
+        )
+    perturb = bind(attack, model)
+    batches = []
+    clean = checked_batches(model, data, max_batches=max_batches, description="attacking", progress=progress)
+    for index, (images, labels) in enumerate(clean):
+        if index % count == number:
+            seed_all(seed + index)
+            batches.append((perturb(images, labels), labels))
+    if not batches:
+        raise InputError(f"data: no batch for process {number} of {count}; use smaller batches or fewer processes")
+    return batches
 
 
 def _check_like(images: Tensor, adversarial: object, name: str) -> None:

@@ -53,6 +53,7 @@ class MRSImportance(tp.importance.Importance):
             sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
             does. Over several steps, it is a fraction of the channels at the first.
         round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
+        moments: also record what layers read, for `step_with`, as `measurement().moments`.
         epsilon, estimator, steps, max_batches, precision, channels_last, seed, progress: as for `measure_sensitivity`.
 
     Raises:
@@ -75,6 +76,7 @@ class MRSImportance(tp.importance.Importance):
         alpha: float = 1.0,
         min_keep: float = 0.1,
         round_to: int = 1,
+        moments: bool = False,
         epsilon: float = 0.1,
         estimator: Estimator = "first_order",
         steps: int = 5,
@@ -105,7 +107,7 @@ class MRSImportance(tp.importance.Importance):
         self.base = base if callable(base) else BASES[base](self)
         self.alpha, self.min_keep, self.round_to = alpha, min_keep, round_to
         self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
-        self._settings = {**settings, "channels_last": channels_last, "progress": progress}
+        self._settings = {**settings, "moments": moments, "channels_last": channels_last, "progress": progress}
         self._measured: tuple[tuple[torch.Size, ...], Measurement] | None = None
 
     def measurement(self) -> Measurement:

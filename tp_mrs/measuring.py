@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attacks import AttackLike, bind, describe
-from .batches import checked_batches
-from .borrowing import borrowed, seed_all
+from .attacks import AttackLike, attacked_batches, describe
+from .borrowing import borrowed
+from .compensation import Moments, recording, summed
 from .errors import InputError, check_choice, check_count, check_full_precision, check_number, check_seed, device_of
-from .estimators import Batch, RobustLoss, first_order, projected_gradient_ascent
+from .estimators import RobustLoss, first_order, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
-from .processes import failing_together, gather, place
+from .processes import failing_together, gather
 from .pruning import LAYERS, Group, prunable_groups
 from .readers import reading
 from .sensitivity import Sensitivity, combined
@@ -45,6 +45,7 @@ class Measurement:
         slopes: name of each layer → how fast the loss of each image changes as each of the channels that the layer
             reads fades, (images, inputs); of an image, all together have the norm 1.
         together: name of each group → the cost of the worst change of all its layers at once; empty if not asked for.
+        moments: of the layers' inputs on the attacked images, see `compensation.Moments`; empty if not asked for.
         robust_loss: in nats.
         robust_accuracy: fraction of the images.
         settings: how it was measured.
@@ -57,6 +58,7 @@ class Measurement:
     gradients: dict[str, Tensor]
     slopes: dict[str, Array]
     together: dict[str, float]
+    moments: Moments
     robust_loss: float
     robust_accuracy: float
     settings: dict[str, Any]
@@ -195,6 +197,7 @@ def measure(
     estimator: Estimator = "first_order",
     steps: int = 5,
     groups: Sequence[Group] = (),
+    moments: bool = False,
     max_batches: int | None = None,
     precision: Precision = "fp32",
     channels_last: bool = False,
@@ -203,7 +206,7 @@ def measure(
 ) -> Measurement:
     """As `measure_sensitivity`, with the gradients, and for `groups` what they cost together.
 
-    Without groups it needs no dependency graph.
+    Without groups it needs no dependency graph. With `moments`, layers' inputs are recorded on the way.
     """
     check_settings(
         epsilon=epsilon, estimator=estimator, steps=steps, max_batches=max_batches, precision=precision, seed=seed
@@ -211,11 +214,12 @@ def measure(
     weights, aliases = measured_weights(model)
     with borrowed(model), in_channels_last(model, channels_last):
         with failing_together():
-            batches = _attacked(model, data, attack, max_batches=max_batches, seed=seed, progress=progress)
+            batches = attacked_batches(model, data, attack, max_batches=max_batches, seed=seed, progress=progress)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         loss = RobustLoss(model, batches, precision=precision)
-        with reading(model) as parts:
+        record: AbstractContextManager[Moments] = recording(model) if moments else nullcontext({})
+        with reading(model) as parts, record as recorded:
             base, shares = first_order(loss, weights, epsilon)
         accuracy = loss.correct / loss.images
         gradients = {
@@ -248,6 +252,7 @@ def measure(
         gradients=gradients,
         slopes=relative({name: np.concatenate([own[2][name] for own in found]) for name in parts}),
         together=together,
+        moments=summed(recorded, device_of(model)),
         robust_loss=robust_loss,
         robust_accuracy=accuracy,
         settings=settings,
@@ -290,34 +295,6 @@ def _ascend(
             steps=steps,
         )
     return found
-
-
-def _attacked(
-    model: nn.Module,
-    data: Iterable[Any],
-    attack: AttackLike,
-    *,
-    max_batches: int | None,
-    seed: int,
-    progress: bool,
-) -> list[Batch]:
-    """This process's batches of adversarial images; the random start of each depends on its number alone."""
-    number, count = place()
-    if count > 1 and isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
-        raise InputError(
-            "data: accelerate has prepared this loader, so it gives each process other images, and some of them twice; "
-            "pass the loader from before that: each process takes its part by itself"
-        )
-    perturb = bind(attack, model)
-    batches = []
-    clean = checked_batches(model, data, max_batches=max_batches, description="attacking", progress=progress)
-    for index, (images, labels) in enumerate(clean):
-        if index % count == number:
-            seed_all(seed + index)
-            batches.append((perturb(images, labels), labels))
-    if not batches:
-        raise InputError(f"data: no batch for process {number} of {count}; use smaller batches or fewer processes")
-    return batches
 
 
 def check_settings(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .allocation import allocate, amount, check_allocation, check_reachable, sin
 from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
+from .compensation import step_with
 from .errors import check_count, check_example_inputs, check_number, naming
 from .evaluation import Evaluation, evaluate, measure_latency
 from .files import write_json
@@ -118,6 +120,7 @@ def mrpf(
     min_keep: float = 0.1,
     round_to: int | None = None,
     base: BaseName | Callable[[Any], Tensor | None] = "sensitivity",
+    compensate: bool = True,
     epsilon: float = 0.1,
     estimator: Estimator = "first_order",
     steps: int = 5,
@@ -136,8 +139,8 @@ def mrpf(
     """Module Robust Pruning and Fine-tuning: make `model` smaller, in place, keeping its robustness.
 
     Each round measures the sensitivity of the coupled groups, sets their pruning ratios by it (`allocate`), prunes with
-    Torch-Pruning, sets BatchNorm's statistics anew (`recalibrate`), and fine-tunes adversarially. The budget falls
-    geometrically over the rounds.
+    Torch-Pruning, has layers make up for what they lose (`compensated_step`), sets BatchNorm's statistics anew
+    (`recalibrate`), and fine-tunes adversarially. The budget falls geometrically over the rounds.
 
     Source: Bai et al., arXiv 2410.15176 (a reconstruction).
 
@@ -150,6 +153,7 @@ def mrpf(
         rounds: how many times to measure, prune and fine-tune.
         alpha, min_keep, round_to: as for `allocate`.
         base: which channels go within a group, as for `MRSImportance`.
+        compensate: let layers make up for the channels that they lose, as `compensated_step` does.
         epsilon, estimator, steps: as for `MRSImportance`.
         calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
         max_batches: of the calibration data, per round.
@@ -192,7 +196,7 @@ def mrpf(
 
     def importance() -> MRSImportance:
         # α = 0: ratios are per group here, and the base alone decides within a group
-        return MRSImportance(model, images, attack, alpha=0.0, progress=progress, **measuring)
+        return MRSImportance(model, images, attack, alpha=0.0, moments=compensate, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:
         if test_data is None:
@@ -210,6 +214,7 @@ def mrpf(
         "rounds": rounds,
         **allocating,
         "base": base if isinstance(base, str) else type(base).__name__,
+        "compensate": compensate,
         "attack": describe(attack, model),
         "epochs": epochs,
         "eps": eps,
@@ -236,7 +241,8 @@ def mrpf(
         ratios = allocate(model, example_inputs, sensitivity, **wanted)
         roots = {name: module for name, module in model.named_modules() if module in ratios}
         before = {name: width(root, "out") for name, root in roots.items()}
-        prune_by_ratio(model, example_inputs, ratios, scores)
+        step = partial(step_with, moments=scores.measurement().moments) if compensate else methodcaller("step")
+        prune_by_ratio(model, example_inputs, ratios, scores, step)
         with naming(source):
             recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
         return {

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import Any, Literal
 
 import torch
@@ -203,11 +204,12 @@ def prune_by_ratio(
     example_inputs: Tensor,
     ratios: Mapping[nn.Module, float],
     importance: Any = None,
+    step: Callable[[Any], None] = methodcaller("step"),
 ) -> None:
     """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     pruner = build_pruner(model, example_inputs, importance, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
-    pruner.step()
+    step(pruner)
     for name, parameter in refresh(model).named_parameters():
         parameter.requires_grad_(name not in frozen)  # what is pruned is a new parameter
 

@@ -1,0 +1,311 @@
+"""compensated_step: layers make up for channels that go, as well as linear regression can, and exactly where it can."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_pruning as tp
+import torchattacks
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import ScaledStdConv2d
+from torch import Tensor, nn
+
+import tp_mrs
+from tests.conftest import Batches, image_batches, small_cnn, small_resnet
+from tp_mrs import InputError, compensated_step
+from tp_mrs.compensation import RIDGES, Moments, _prediction, make_up, recording
+from tp_mrs.pruning import build_pruner
+
+LAST = torch.tensor([False, True])
+
+
+def moments_of(rows: Tensor) -> Tensor:
+    """By definition: Σ x xᵀ of each half, with a 1 behind x."""
+    whole = torch.cat([rows.double(), torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    return torch.stack([sum(row.outer(row) for row in half) for half in whole.tensor_split(2)])
+
+
+def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
+    layer = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
+    layer.weight.data = torch.tensor(weight)
+    if bias is not None:
+        layer.bias.data = torch.tensor(bias)
+    return layer
+
+
+class Chosen(tp.importance.Importance):
+    """Scores 0 for some channels of each group, 1 for the others."""
+
+    def __init__(self, *channels: int) -> None:
+        self.channels = list(channels)
+
+    def __call__(self, group: Any) -> Tensor:
+        scores = torch.ones(len(group[0].idxs))
+        scores[self.channels] = 0
+        return scores
+
+
+def recorded(model: nn.Module, images: Tensor) -> Moments:
+    with torch.no_grad(), recording(model.eval()) as found:
+        model(images)
+    return found
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_by_definition() -> None:
+    model, images = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)), torch.rand(4, 2, 4, 4)
+    found = recorded(model, images)
+    torch.testing.assert_close(found["0"], moments_of(images.permute(0, 2, 3, 1).reshape(-1, 2)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["2"], moments_of(model[:2](images).detach()), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_by_hand() -> None:
+    # the second input is twice the first plus 1: w₁ + 2 w₂, and w₂ more bias
+    first = torch.linspace(-1, 1, 8)
+    layer = linear([[1.0, 3.0], [0.0, -1.0]], [0.5, 0.0])
+    make_up(layer, moments_of(torch.stack([first, 2 * first + 1], dim=1)), LAST)
+    torch.testing.assert_close(layer.weight[:, 0], torch.tensor([7.0, -2.0]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.bias, torch.tensor([3.5, -1.0]), rtol=1e-3, atol=1e-3)
+    assert layer.weight[:, 1].tolist() == [3.0, -1.0]  # it goes with its channel
+
+
+def test_without_bias_by_hand() -> None:
+    # of x₁ = 1, 2, 1, 2 and x₂ = x₁ + 1 the best multiple is Σ x₁x₂ / Σ x₁² = 16 / 10
+    first = torch.tensor([1.0, 2.0, 1.0, 2.0])
+    rows = moments_of(torch.stack([first, first + 1], dim=1))
+    layer = linear([[0.0, 1.0]])
+    make_up(layer, rows, LAST)
+    torch.testing.assert_close(layer.weight[0, 0].item(), 1.6, rtol=1e-3, atol=0)
+
+
+def test_the_norm_behind_takes_the_constant() -> None:
+    first = torch.linspace(-1, 1, 8)
+    rows, norm = moments_of(torch.stack([first, first + 5], dim=1)), nn.BatchNorm1d(1)
+    layer = linear([[0.0, 2.0]])
+    make_up(layer, rows, LAST, norm)
+    torch.testing.assert_close(layer.weight[0, 0].item(), 2.0, rtol=1e-3, atol=0)
+    torch.testing.assert_close(norm.running_mean, torch.tensor([-10.0]), rtol=1e-3, atol=0)
+
+
+def test_a_channel_like_no_other_leaves_its_mean() -> None:
+    rows = torch.tensor([[-1.0, 2.0], [1.0, 2.0], [-1.0, 4.0], [1.0, 4.0]]).repeat(2, 1)  # uncorrelated in each half
+    layer = linear([[1.0, 3.0]], [0.0])
+    make_up(layer, moments_of(rows), LAST)
+    assert layer.weight[0, 0].item() == pytest.approx(1.0)
+    assert layer.bias.item() == pytest.approx(9.0)
+
+
+def test_convolution_exact_where_channels_depend() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(6, 2, 5, 5)
+    images = torch.cat([images, (0.5 * images[:, :1] - 2 * images[:, 1:] + 0.25)], dim=1)
+    layer = nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(layer)
+    before, moments = layer(images), recorded(model, images)["0"]
+    make_up(layer, moments, torch.tensor([False, False, True]))
+    after = nn.functional.conv2d(images[:, :2], layer.weight[:, :2], layer.bias)
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)  # but for the ridge
+
+
+def test_a_mean_that_dwarfs_the_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(64, 1, generator=generator)
+    images = 1000 + torch.cat([first, torch.rand(64, 1, generator=generator), first], dim=1)
+    layer = linear([[0.0, 0.0, 1.0]], [0.0])
+    make_up(layer, recorded(nn.Sequential(layer), images)["0"], torch.tensor([False, False, True]))
+    torch.testing.assert_close(layer.weight[0, :2], torch.tensor([1.0, 0.0]), rtol=1e-2, atol=1e-2)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    stay=st.integers(1, 5),
+    go=st.integers(1, 3),
+    ridge=st.sampled_from(RIDGES[:-1]),
+    constant=st.booleans(),
+)
+def test_prediction_is_ridge_regression(seed: int, stay: int, go: int, ridge: float, constant: bool) -> None:
+    """Against least squares on the rows themselves, with a row more for each channel's penalty."""
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(30, stay + go)) @ generator.normal(size=(stay + go, stay + go)) + 3
+    inputs, targets = rows[:, :stay], rows[:, stay:]
+    means = rows.mean(axis=0) if constant else np.zeros(stay + go)
+    variance = np.mean((inputs - means[:stay]) ** 2)
+    penalty = np.sqrt(ridge * variance * len(rows)) * np.eye(stay)
+    left = np.concatenate([inputs - means[:stay], penalty])
+    right = np.concatenate([targets - means[stay:], np.zeros((stay, go))])
+    expected = np.linalg.lstsq(left, right, rcond=None)[0]
+    whole = moments_of(torch.from_numpy(rows)).sum(dim=0)
+    found = _prediction(whole, torch.arange(stay + go) >= stay, ridge, constant)
+    np.testing.assert_allclose(found[:-1], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found[-1], means[stay:] - means[:stay] @ expected, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_is_read_into_noise() -> None:
+    """With fewer images than channels, any regression fits them; the half that it hasn't seen tells."""
+    generator = torch.Generator().manual_seed(0)
+    seen, fresh = torch.randn(60, 120, generator=generator), torch.randn(2000, 120, generator=generator)
+    lost = torch.arange(120) >= 100
+    layer = nn.Linear(120, 8)
+    whole, plain = layer(fresh), nn.functional.linear(fresh[:, ~lost], layer.weight[:, ~lost], layer.bias)
+    make_up(layer, moments_of(seen), lost)
+    made_up = nn.functional.linear(fresh[:, ~lost], layer.weight[:, ~lost], layer.bias)
+    assert (made_up - whole).square().mean() < 1.2 * (plain - whole).square().mean()
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(0, 2), torch.ones(1, 2)])
+def test_too_few_images_change_nothing(rows: Tensor) -> None:
+    layer = linear([[1.0, 3.0]], [0.5])
+    make_up(layer, moments_of(rows) if len(rows) > 1 else torch.zeros(2, 3, 3, dtype=torch.float64), LAST)
+    assert layer.weight.tolist() == [[1.0, 3.0]]
+    assert layer.bias.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_dead_channels(constant: bool) -> None:
+    layer = linear([[1.0, 3.0]], [0.0] if constant else None)
+    make_up(layer, moments_of(torch.zeros(4, 2)), LAST)
+    assert layer.weight.tolist() == [[1.0, 3.0]]
+
+
+# --- a network -------------------------------------------------------------------------------------------------------
+
+
+def twins(model: nn.Module, layer: Any, norm: Any) -> nn.Module:
+    """Give the layer's third channel the weights of its second."""
+    for tensor in (layer.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, layer.bias):
+        if tensor is not None:
+            tensor.data[2] = tensor.data[1]
+    return model.eval()
+
+
+def cnn_with_twins() -> nn.Module:
+    model: Any = small_cnn()
+    return twins(model, model[0], model[1])
+
+
+def resnet_with_twins() -> nn.Module:
+    model: Any = small_resnet()
+    return twins(model, model.layer2[0].conv1, model.layer2[0].bn1)
+
+
+@pytest.mark.parametrize(
+    ("make", "root"), [(cnn_with_twins, "0"), (resnet_with_twins, "layer2.0.conv1")], ids=["cnn", "resnet"]
+)
+def test_of_two_twins_one_can_go(make: Callable[[], nn.Module], root: str, batches: Batches) -> None:
+    images, outputs = batches[0][0], dict[bool, float]()
+    for compensated in (True, False):
+        model = make()
+        before = model(images)
+        layer: Any = model.get_submodule(root)
+        ratios = {layer: 1 / len(layer.weight)}
+        pruner = build_pruner(model, images[:1], Chosen(2), pruning_ratio=0.0, pruning_ratio_dict=ratios)
+        if compensated:
+            compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+        else:
+            pruner.step()
+        outputs[compensated] = float((model(images) - before).norm() / before.norm())
+    assert outputs[True] < 1e-3 < 1e-2 < outputs[False]
+
+
+def both_ways(dense: nn.Module, batches: Batches, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A compensated copy, and one that is only pruned."""
+    images, models = batches[0][0], (copy.deepcopy(dense), copy.deepcopy(dense))
+    pruners = [build_pruner(model, images[:1], pruning_ratio=0.5, **options) for model in models]
+    compensated_step(pruners[0], batches, torchattacks.FGSM, progress=False)
+    pruners[1].step()
+    return tp_mrs.refresh(models[0]), tp_mrs.refresh(models[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pruning": True}, {"global_pruning": True, "isomorphic": True}])
+def test_the_same_channels_go(options: dict[str, Any], batches: Batches) -> None:
+    compensated, pruned = both_ways(small_resnet(), batches, **options)
+    norms = [[m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)] for model in (compensated, pruned)]
+    assert all(torch.equal(one, other) for one, other in zip(*norms, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilevit_xxs", "vit_tiny_patch16_224"])
+def test_layers_that_lose_inputs_change_and_no_others(architecture: str) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2}}
+    dense: Any = tp_mrs.create_model(architecture, num_classes=4, **small.get(architecture, {}))
+    compensated, pruned = both_ways(dense, image_batches(1, 32))
+    assert compensated.eval()(image_batches()[0][0]).isfinite().all()
+    losers, changed = set(), set()
+    for name, layer in pruned.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            own: Any = compensated.get_submodule(name)
+            if layer.weight.shape[1] < dense.get_submodule(name).weight.shape[1]:
+                losers.add(name)
+            if not torch.equal(own.weight, layer.weight):
+                changed.add(name)
+    assert changed <= losers
+    assert len(changed) > len(losers) / 2  # in the others, one half of the images says nothing of the other
+
+
+def test_frozen_layers_stay(batches: Batches) -> None:
+    model: Any = cnn_with_twins()
+    model[3].weight.requires_grad_(False)
+    expected = model[3].weight[:, [0, 1, 3, 4, 5, 6, 7]].clone()
+    pruner = build_pruner(model, batches[0][0][:1], Chosen(2), pruning_ratio=0.0, pruning_ratio_dict={model[0]: 1 / 8})
+    compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+    assert torch.equal(model[3].weight, expected)
+
+
+def test_layers_that_read_in_another_way_are_not_recorded() -> None:
+    shared = nn.Conv2d(4, 4, 1)
+    twin = nn.Conv2d(4, 4, 1)
+    twin.weight = shared.weight
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        ScaledStdConv2d(4, 4, 1),
+        nn.ConvTranspose2d(4, 4, 1),
+        shared,
+        twin,
+        nn.Conv2d(4, 2, 1),
+    )
+    assert set(recorded(model, torch.rand(2, 4, 4, 4))) == {"5"}
+
+
+# --- the user's model ------------------------------------------------------------------------------------------------
+
+
+def test_all_but_weights_is_left_as_it_was(batches: Batches) -> None:
+    model = small_resnet()
+    pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5)
+    for index, module in enumerate(model.modules()):
+        module.training = index % 3 != 0
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    compensated_step(pruner, batches, lambda model: torchattacks.PGD(model, steps=2), progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pruner": None}, "pruner: expected a pruner of Torch-Pruning"),
+        ({"data": []}, "data: it yielded no batch"),
+        ({"data": [(torch.full((2, 3, 32, 32), 2.0), torch.tensor([0, 1]))]}, "images"),
+        ({"attack": "pgd"}, "attack"),
+        ({"max_batches": 0}, "max_batches"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_input_prunes_nothing(changes: dict[str, Any], message: str, batches: Batches) -> None:
+    model = small_resnet()
+    before = copy.deepcopy(model.state_dict())
+    pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5)
+    arguments = {"pruner": pruner, "data": batches, "attack": torchattacks.FGSM, "progress": False} | changes
+    with pytest.raises(InputError, match=message):
+        compensated_step(**arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,239 @@
+"""Make up for pruned channels: what layers lose with them is had, as far as can be, from the channels that stay."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+import torch_pruning as tp
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import Tensor, nn
+
+from .architectures import LAYERS
+from .attacks import AttackLike, attacked_batches
+from .borrowing import borrowed
+from .errors import InputError, check_seed, device_of
+from .processes import add_up, failing_together, place
+from .pruning import side_of, width
+
+Moments: TypeAlias = dict[str, Tensor]
+"""Name of a layer → (2, channels + 1, channels + 1), float64: Σ x xᵀ over its inputs x with a 1 behind them.
+
+Of the first half of each batch, and of the second; x runs over all images and positions.
+"""
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
+"""Tried in each layer, in units of the mean variance of the channels that stay; at infinity nothing is made up for."""
+
+WIDEST = 8192
+"""Layers of more inputs are left alone: their moments would take over half a gigabyte."""
+
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+"""They rescale their weight in each pass, so that adding to it does something else."""
+
+
+def compensated_step(
+    pruner: Any,
+    data: Iterable[Any],
+    attack: AttackLike,
+    *,
+    max_batches: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """`pruner.step()` for any pruner of Torch-Pruning, in which layers make up for the channels that they lose.
+
+    What a channel carries can often be had, in part, from others. Before a channel x goes, each layer that reads it
+    gets the best linear prediction of x from the channels x' that stay, on attacked images:
+
+        W' ← W' + W B,  bias ← bias + W b,  where ‖x − x' B − b‖² + λ‖B‖² is least
+
+    The same channels go as in `pruner.step()`; nothing is trained. Then `refresh` the model and `recalibrate` it.
+
+    Args:
+        pruner: a `tp.pruner.BasePruner`, or one of its kinds; its model is pruned in place.
+        data: iterable of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). Take it from the training split.
+        attack: a torchattacks attack on the model, or a factory `model -> attack`, such as `torchattacks.VANILA`.
+        max_batches: use at most so many batches.
+        seed: of the attack's random start.
+        progress: show a bar on a terminal.
+
+    Raises:
+        InputError: an argument or a batch is unusable; nothing was pruned.
+        DivergenceError: the attack is not finite.
+
+    Notes:
+        λ is chosen for each layer so that each half of the images predicts the other best; where nothing is predicted,
+        layers stay as they are. So do frozen layers, those with groups, with weights that others share or that are
+        standardised, transposed convolutions, and layers of over 8192 inputs; and no attention logit is made up for.
+
+    Source: least-squares reconstruction after He et al., "Channel Pruning for Accelerating Very Deep Neural Networks",
+        arXiv 1707.06168; among channels, as an interpolation, after Chee et al., "Model Preserving Compression for
+        Neural Networks", arXiv 2108.00065. Attacked images, and how λ is chosen, are ours.
+    """
+    if not isinstance(pruner, tp.pruner.BasePruner):
+        raise InputError(
+            f"pruner: expected a pruner of Torch-Pruning, such as tp.pruner.BasePruner, got {pruner!r:.80}"
+        )
+    check_seed(seed)
+    model = pruner.model
+    with borrowed(model):
+        with failing_together():
+            batches = attacked_batches(model, data, attack, max_batches=max_batches, seed=seed, progress=progress)
+        with torch.no_grad(), recording(model) as found:
+            for images, _ in batches:
+                model(images)
+    step_with(pruner, summed(found, device_of(model)))
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Moments]:
+    """Inside, each pass forward adds to what this yields."""
+    found: Moments = {}
+
+    def note(name: str, arguments: tuple[Any, ...]) -> None:
+        rows = _rows(layers[name], arguments[0].detach())
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        found[name] += torch.stack([half.T @ half for half in rows.tensor_split(2)]).cpu()
+
+    layers = dict(_compensable(model))
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            found[name] = torch.zeros(2, width(layer, "in") + 1, width(layer, "in") + 1, dtype=torch.float64)
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments)))
+        yield found
+
+
+def summed(moments: Moments, device: torch.device) -> Moments:
+    """Over all processes, which talk from this device."""
+    return {name: add_up(moment.to(device)).cpu() if place()[1] > 1 else moment for name, moment in moments.items()}
+
+
+def _compensable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers by name in which each output reads all inputs, with a weight of their own."""
+    weights = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, LAYERS)
+            and not isinstance(module, _STANDARDISED)
+            and not getattr(module, "transposed", False)
+            and getattr(module, "groups", 1) == 1
+            and width(module, "in") <= WIDEST
+            and isinstance(module._parameters.get("weight"), nn.Parameter)
+            and weights[id(module.weight)] == 1
+        ):
+            yield name, module
+
+
+def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """(images and positions, channels), the positions of an image together, in float64: means may dwarf spreads."""
+    if inputs.device.type == "mps":  # has no float64
+        inputs = inputs.cpu()
+    if not isinstance(layer, nn.Linear):
+        inputs = inputs.movedim(-1 - len(layer.kernel_size), -1)  # type: ignore[arg-type]
+    return inputs.reshape(-1, inputs.shape[-1]).double()
+
+
+def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
+    """`pruner.step()`, in which the layers that lose inputs make up for them.
+
+    The same channels go: scores are all worked out before the first one does.
+
+    Args:
+        pruner: for the model that the moments were recorded on.
+        moments: of layers' inputs; layers that are missing are left alone.
+    """
+    trained = {module: name for name, module in pruner.model.named_modules() if _is_trained(module)}
+    left = dict(moments)
+    for group in pruner.step(interactive=True):
+        for layer, lost in _lost_inputs(pruner.DG, group).items():
+            name = trained.get(layer)
+            if name in left:
+                gone = torch.tensor([index in lost for index in range(width(layer, "in"))])
+                make_up(layer, left[name], gone, _following_norm(pruner.DG, layer))
+                stay = torch.cat([~gone, gone.new_ones(1)])
+                left[name] = left[name][:, stay][:, :, stay]
+        group.prune()
+
+
+def _is_trained(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.requires_grad
+
+
+def _lost_inputs(graph: Any, group: Any) -> dict[nn.Module, set[int]]:
+    """The inputs that layers lose with this group of Torch-Pruning."""
+    found: dict[nn.Module, set[int]] = {}
+    for dependency, indices in group:
+        if side_of(graph, dependency.handler) == "in":
+            found.setdefault(dependency.target.module, set()).update(indices)
+    return found
+
+
+def _following_norm(graph: Any, layer: nn.Module) -> nn.modules.batchnorm._BatchNorm | None:
+    """The BatchNorm that all outputs of the layer go to, and they alone."""
+    followers = graph.module2node[layer].outputs
+    norm = followers[0].module if len(followers) == 1 else None
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and len(graph.module2node[norm].inputs) == 1:
+        return norm
+    return None
+
+
+@torch.no_grad()
+def make_up(layer: Any, moments: Tensor, lost: Tensor, norm: nn.modules.batchnorm._BatchNorm | None = None) -> None:
+    """Change a layer so that it does without some of its inputs, which it still has.
+
+    Be x those that go, x' the others, and W, W' their weights. Ridge regression finds the x' B + b nearest to x; then
+    W B is added to W', and W b to the bias. The ridge is the one of `RIDGES` with which each half of the images
+    predicts the other best, as far as W reads it. Where x is x' B + b, and nothing is padded, the layer without x gives
+    what it gave with it.
+
+    Args:
+        layer: linear or convolutional; changed in place. What it has for x stays.
+        moments: of the layer's inputs, see `Moments`.
+        lost: which of them go, (channels,).
+        norm: BatchNorm behind it; its running mean takes W b if the layer has no bias. Without either, b = 0.
+    """
+    if not moments[:, -1, -1].all():
+        return  # too few images to halve
+    read = layer.weight.double().cpu()[:, lost]
+    constant = layer.bias is not None or norm is not None
+    demand = torch.einsum("oi...,oj...->ij", read, read)
+    halves = [(moments[0], moments[1]), (moments[1], moments[0])]
+
+    def error(ridge: float) -> float:
+        return sum(_error(other, lost, _prediction(one, lost, ridge, constant), demand) for one, other in halves)
+
+    prediction = _prediction(moments.sum(dim=0), lost, min(RIDGES, key=error), constant)
+    layer.weight[:, ~lost] += torch.einsum("si,oi...->os...", prediction[:-1], read).to(layer.weight)
+    shift = read.flatten(2).sum(2) @ prediction[-1] if read.dim() > 2 else read @ prediction[-1]
+    if layer.bias is not None:
+        layer.bias += shift.to(layer.bias)
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean -= shift.to(norm.running_mean)
+
+
+def _prediction(moments: Tensor, lost: Tensor, ridge: float, constant: bool) -> Tensor:
+    """B and, behind it, b: (inputs that stay + 1, inputs that go)."""
+    mean = moments[-1, :-1] / moments[-1, -1] if constant else torch.zeros_like(moments[-1, :-1])
+    spread = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
+    within, across = spread[~lost][:, ~lost], spread[~lost][:, lost]
+    coefficients = torch.zeros_like(across)
+    if math.isfinite(ridge):
+        level = ridge * within.diagonal().mean() * torch.eye(len(within))
+        factor, failed = torch.linalg.cholesky_ex(within + level)
+        if not failed:
+            coefficients = torch.cholesky_solve(across, factor)
+    return torch.cat([coefficients, (mean[lost] - mean[~lost] @ coefficients)[None]])
+
+
+def _error(moments: Tensor, lost: Tensor, prediction: Tensor, demand: Tensor) -> float:
+    """Mean square of what the prediction misses, weighted by `demand`, (inputs that go) twice."""
+    stay, go = torch.cat([~lost, lost.new_ones(1)]), torch.cat([lost, lost.new_zeros(1)])
+    across, within = moments[stay][:, go], moments[stay][:, stay]
+    missed = moments[go][:, go] - 2 * prediction.T @ across + prediction.T @ within @ prediction
+    return float((missed * demand).sum() / moments[-1, -1])
