@@ -80,6 +80,16 @@ def test_frozen_layers_stay_frozen(batches: Batches) -> None:
     assert min(len(model.get_parameter(name)) - widths[name] for name in frozen) < 0
 
 
+def test_layers_make_up_for_what_goes_unless_told_otherwise(batches: Batches) -> None:
+    dense, outputs = small_cnn(), {}
+    for options in ({}, {"compensate": True}, {"compensate": False}):
+        model = copy.deepcopy(dense)
+        report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, epochs=0, **options)  # type: ignore[arg-type]
+        outputs[report.settings["compensate"], len(options)] = model.eval()(EXAMPLE)
+    assert torch.equal(outputs[True, 0], outputs[True, 1])
+    assert not torch.allclose(outputs[True, 1], outputs[False, 1])
+
+
 def test_same_seed_same_model(batches: Batches) -> None:
     outputs = []
     for _ in range(2):

@@ -37,9 +37,10 @@ if mode == "prepared":
     data = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(dataset, batch_size=5))
 try:
     found = measure(model(), data, torchattacks.VANILA if mode == "prepared" else torchattacks.PGD,
-                    estimator="pga" if mode == "pga" else "first_order", steps=2)
+                    estimator="pga" if mode == "pga" else "first_order", steps=2, moments=True)
     result = {"modules": found.modules, "loss": found.robust_loss, "accuracy": found.robust_accuracy,
-              "blocks": found.blocks, "gradient": float(found.gradients["0.weight"].norm())}
+              "blocks": found.blocks, "gradient": float(found.gradients["0.weight"].norm()),
+              "moments": found.moments["3"].sum(dim=0).tolist()}
 except tp_mrs.InputError as error:
     result = {"error": str(error)}
 (folder / f"{state.process_index}.json").write_text(json.dumps(result))
@@ -62,7 +63,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("mode", ["first_order", "pga"])
 def test_two_processes_find_what_one_finds(mode: Any, tmp_path: Path) -> None:
-    one = measure(model(), batches(), torchattacks.PGD, estimator=mode, steps=2)
+    one = measure(model(), batches(), torchattacks.PGD, estimator=mode, steps=2, moments=True)
     found, other = in_two_processes(SCRIPT, tmp_path, mode, timeout=120)
     assert found == other
     assert found["modules"] == pytest.approx(one.modules, rel=1e-5)
@@ -70,6 +71,7 @@ def test_two_processes_find_what_one_finds(mode: Any, tmp_path: Path) -> None:
     assert found["accuracy"] == one.robust_accuracy
     assert found["gradient"] == pytest.approx(float(one.gradients["0.weight"].norm()), rel=1e-5)
     assert sum(found["blocks"]) == 20
+    torch.testing.assert_close(torch.tensor(found["moments"]), one.moments["3"].sum(dim=0).float())
 
 
 def test_a_loader_that_accelerate_has_split(tmp_path: Path) -> None:

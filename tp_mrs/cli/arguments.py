@@ -142,6 +142,7 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument(
         "--base", default="sensitivity", help=f"picks channels in a group: {', '.join(BASES)} (sensitivity)"
     )
+    _flag(group, "--compensate", "let layers make up for channels they lose, untrained (on)", default=True)
     group.add_argument("--min-keep", type=float, default=0.1, help="least fraction of channels a group keeps (0.1)")
     group.add_argument("--round-to", type=int, help="keep multiples of so many channels")
     group.add_argument("--epochs", type=float, help="of fine-tuning, each round (10; digits: 6)")
@@ -232,9 +233,9 @@ def _speaking(options: Any, *, quiet: str) -> None:
     _flag(options, "--json", "print the result as JSON, and nothing else")
 
 
-def _flag(options: Any, name: str, text: str) -> None:
-    """An option that is off unless given; `--no-…` takes it back, where a file has it on."""
-    options.add_argument(name, action=argparse.BooleanOptionalAction, help=text).default = False
+def _flag(options: Any, name: str, text: str, *, default: bool = False) -> None:
+    """An option that is on or off, by default off; `--no-…` takes it back, where a file has it on."""
+    options.add_argument(name, action=argparse.BooleanOptionalAction, help=text).default = default
 
 
 def _exporting(parser: argparse.ArgumentParser) -> None:

@@ -132,6 +132,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
             min_keep=arguments.min_keep,
             round_to=arguments.round_to,
             base=arguments.base,
+            compensate=arguments.compensate,
             estimator=arguments.estimator,
             calibration_data=job.calibration_loader(),
             test_data=job.test_loader(),
