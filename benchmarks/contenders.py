@@ -485,16 +485,26 @@ OTHERS: dict[str, Contender] = {
 
 OWN = mrs("sensitivity", alpha=0.0)
 OURS: dict[str, Contender] = {
+    "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
+    "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),
+    "mrpf, 2 rounds": in_rounds(2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
+    "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
     "MRS allocate + Taylor": Once(allocated(taylor("adversarial"), sensitivity)),
     "MRS allocate + BN scale": Once(allocated(plain(tp.importance.BNScaleImportance), sensitivity)),
     "MRSImportance, global": Once(by_ratio(mrs("sensitivity"), "global")),
     "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
     "MRSImportance + L2, global": Once(by_ratio(mrs("magnitude"), "global")),
-    "mrpf, 2 rounds": in_rounds(2),
-    "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
 }
+"""`mrpf` in one round is taken apart, to be fine-tuned as the others are; `allocate` alone does not compensate."""
+
+COMPENSATED: dict[str, Contender] = {
+    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
+    "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
+    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
+}
+"""Torch-Pruning's criteria with our compensation: what is left of the lead is the sensitivities' own."""
 
 ABLATIONS: dict[str, Contender] = {
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
@@ -504,6 +514,6 @@ ABLATIONS: dict[str, Contender] = {
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
-CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **ABLATIONS}
-MAIN = "MRS allocate"
+CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **ABLATIONS}
+MAIN = "mrpf"
 """The one that others are compared with, pair by pair."""

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import CONTENDERS, MAIN, Budget, Subject
+from benchmarks.contenders import CONTENDERS, Budget, Subject
 from benchmarks.networks import EPS, FINETUNING
 from benchmarks.report import bootstrap, lead_text
 from benchmarks.run import slug
@@ -82,7 +82,7 @@ def plain_passes(model: nn.Module, batches: list[tuple[Tensor, Tensor]], passes:
 
 # --- objectives ------------------------------------------------------------------------------------------------------
 
-MACS = 0.25
+MACS, PRUNED_BY = 0.25, "MRS allocate"
 PASSES = {"digits": 24, "cifar10": 4}
 """Passes forward and backward for each training image, of the pruned network, that each recipe may spend."""
 
@@ -126,7 +126,7 @@ NETWORK = {"digits": "narrow resnet18", "cifar10": "resnet18"}
 def subject_of(data_name: str, folder: str | None, seed: int, network: str | None = None) -> tuple[Subject, nn.Module]:
     """A dense network, and a copy of it that has been pruned once."""
     subject = Subject(load_data(data_name, folder), network or NETWORK[data_name], seed)
-    return subject, CONTENDERS[MAIN](subject, Budget("macs", MACS), 0)
+    return subject, CONTENDERS[PRUNED_BY](subject, Budget("macs", MACS), 0)
 
 
 def finetuned(subject: Subject, pruned: nn.Module, label: str) -> tuple[nn.Module, Finetuning]:
@@ -168,7 +168,7 @@ def objectives(data_name: str, folder: str | None, seed: int) -> dict[str, Any]:
         "seed": seed,
         "macs": MACS,
         "passes": PASSES[data_name],
-        "pruned_by": MAIN,
+        "pruned_by": PRUNED_BY,
         "training": FINETUNING[data_name],
         "rows": {label: rows[label] for label in (*before, *RECIPES)},
     }
@@ -202,7 +202,7 @@ def precision(seed: int) -> dict[str, Any]:
         "network": subject.network,
         "seed": seed,
         "macs": MACS,
-        "pruned_by": MAIN,
+        "pruned_by": PRUNED_BY,
         "epochs": PRECISION_EPOCHS,
         "training": FINETUNING["digits"],
         "rows": rows,

@@ -23,7 +23,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import tp_mrs
-from benchmarks.contenders import CONTENDERS, MAIN, OWN, Budget, Contender, Once, Subject, allocated, sensitivity
+from benchmarks.contenders import CONTENDERS, OWN, Budget, Contender, Once, Subject, allocated, sensitivity
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
 from tp_mrs.data import load_data
@@ -48,11 +48,11 @@ NAMES = (
     "Taylor (adversarial), global",
     "Hessian (adversarial), global",
     "MRSImportance, global",
-    MAIN,
+    "MRS allocate",
 )
 COMPARED: dict[str, Contender] = {
     **{name: CONTENDERS[name] for name in NAMES},
-    f"{MAIN}, multiples of {ROUND_TO}": Once(allocated(OWN, sensitivity, round_to=ROUND_TO)),
+    f"MRS allocate, multiples of {ROUND_TO}": Once(allocated(OWN, sensitivity, round_to=ROUND_TO)),
 }
 NETWORK, BUDGET, BATCH, TURNS = ("cifar10", "resnet18"), Budget("macs", 0.5), 64, 21
 

@@ -286,6 +286,7 @@ def rank_table(found: Sequence[Comparison]) -> str:
 
 SHOWN: dict[str, tuple[str, str]] = {
     MAIN: (BLUE, "o"),
+    "MRS allocate": ("#56B4E9", "P"),
     "MRSImportance + Taylor, global": (GREEN, "s"),
     "L2, uniform": (ORANGE, "^"),
     "L2, global": ("#E69F00", "v"),

@@ -100,10 +100,13 @@ LEADING = (
     "Taylor (adversarial), global",
     "Hessian (adversarial), global",
     "GroupNormPruner",
+    "mrpf",
+    "mrpf, MART",
+    "mrpf, 2 rounds",
     "MRS allocate",
     "MRS allocate, MART",
     "MRSImportance + Taylor, global",
-    "mrpf, 2 rounds",
+    "L2, uniform, compensated",
     "without allocation: α = 0",
 )
 """Fine-tuning takes most of the time: not every one of `CONTENDERS` gets it."""
@@ -112,7 +115,7 @@ TIERS = {
     "smoke": Tier(
         {("digits", "narrowest resnet18"): budgets({0.5: (0, 1)}, {})},
         seeds=(0,),
-        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "MRS allocate"),
+        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "mrpf"),
         test_images=100,
     ),
     "cpu": Tier(

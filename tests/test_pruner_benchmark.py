@@ -55,6 +55,13 @@ def test_a_contender_meets_the_budget_and_leaves_the_dense_network_alone(subject
     assert pruned(subject.example).shape == (1, 10)
 
 
+def test_mrpf_taken_apart_is_mrpf(subject: Subject) -> None:
+    budget = Budget("macs", 0.5)
+    apart, whole = CONTENDERS["mrpf"](subject, budget, 0), roster.in_rounds(1)(subject, budget, 0)
+    for (name, ours), theirs in zip(apart.state_dict().items(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
 def test_another_objective_may_spend_no_more_passes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.setattr(roster, "finetune", lambda *_, **arguments: told.update(arguments))
