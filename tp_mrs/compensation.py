@@ -139,38 +139,59 @@ def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
-    """`pruner.step()`, in which the layers that lose inputs make up for them.
-
-    The same channels go: scores are all worked out before the first one does.
+    """`pruner.step()`, after which the layers that have lost inputs make up for them.
 
     Args:
         pruner: for the model that the moments were recorded on.
         moments: of layers' inputs; layers that are missing are left alone.
     """
-    trained = {module: name for name, module in pruner.model.named_modules() if _is_trained(module)}
-    left = dict(moments)
+    model = pruner.model
+    layers = {layer: _Dense(layer) for name, layer in _compensable(model) if name in moments and _is_trained(layer)}
+    names = {module: name for name, module in model.named_modules()}
     for group in pruner.step(interactive=True):
-        for layer, lost in _lost_inputs(pruner.DG, group).items():
-            name = trained.get(layer)
-            if name in left:
-                gone = torch.tensor([index in lost for index in range(width(layer, "in"))])
-                make_up(layer, left[name], gone, _following_norm(pruner.DG, layer))
-                stay = torch.cat([~gone, gone.new_ones(1)])
-                left[name] = left[name][:, stay][:, :, stay]
+        for (layer, side), gone in _removed(pruner.DG, group).items():
+            if layer in layers:
+                layers[layer].lose(side, gone)
         group.prune()
+    for layer, dense in layers.items():
+        if dense.lost.any():
+            make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))
 
 
-def _is_trained(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.requires_grad
+def _is_trained(layer: Any) -> bool:
+    return bool(layer.weight.requires_grad)
 
 
-def _lost_inputs(graph: Any, group: Any) -> dict[nn.Module, set[int]]:
-    """The inputs that layers lose with this group of Torch-Pruning."""
-    found: dict[nn.Module, set[int]] = {}
+class _Dense:
+    """The weight of a layer before pruning, and which of its outputs and inputs are left."""
+
+    def __init__(self, layer: Any) -> None:
+        self.weight: Tensor = layer.weight.detach()
+        self.left = {side: torch.arange(width(layer, side)) for side in ("out", "in")}
+
+    def lose(self, side: str, gone: set[int]) -> None:
+        """Channels by their place among those that are left."""
+        stays = torch.tensor([place not in gone for place in range(len(self.left[side]))])
+        self.left[side] = self.left[side][stays]
+
+    @property
+    def lost(self) -> Tensor:
+        """Which of the inputs have gone."""
+        lost = torch.ones(self.weight.shape[1], dtype=torch.bool)
+        lost[self.left["in"]] = False
+        return lost
+
+    @property
+    def read(self) -> Tensor:
+        """What the outputs that are left read of the inputs that have gone: (outputs, inputs gone, *kernel)."""
+        return self.weight[self.left["out"]][:, self.lost]
+
+
+def _removed(graph: Any, group: Any) -> dict[tuple[nn.Module, str], set[int]]:
+    """What goes with this group of Torch-Pruning, of the outputs and of the inputs of each module."""
+    found: dict[tuple[nn.Module, str], set[int]] = {}
     for dependency, indices in group:
-        if side_of(graph, dependency.handler) == "in":
-            found.setdefault(dependency.target.module, set()).update(indices)
+        found.setdefault((dependency.target.module, side_of(graph, dependency.handler)), set()).update(indices)
     return found
 
 
@@ -184,23 +205,26 @@ def _following_norm(graph: Any, layer: nn.Module) -> nn.modules.batchnorm._Batch
 
 
 @torch.no_grad()
-def make_up(layer: Any, moments: Tensor, lost: Tensor, norm: nn.modules.batchnorm._BatchNorm | None = None) -> None:
-    """Change a layer so that it does without some of its inputs, which it still has.
+def make_up(
+    layer: Any, read: Tensor, moments: Tensor, lost: Tensor, norm: nn.modules.batchnorm._BatchNorm | None = None
+) -> None:
+    """Change a layer that has lost some of its inputs so that it does without them.
 
-    Be x those that go, x' the others, and W, W' their weights. Ridge regression finds the x' B + b nearest to x; then
+    Be x those that went, x' the others, and W, W' their weights. Ridge regression finds the x' B + b nearest to x; then
     W B is added to W', and W b to the bias. The ridge is the one of `RIDGES` with which each half of the images
-    predicts the other best, as far as W reads it. Where x is x' B + b, and nothing is padded, the layer without x gives
-    what it gave with it.
+    predicts the other best, as far as W reads it. Where x is x' B + b, and nothing is padded, the layer gives what it
+    gave before.
 
     Args:
-        layer: linear or convolutional; changed in place. What it has for x stays.
-        moments: of the layer's inputs, see `Moments`.
-        lost: which of them go, (channels,).
+        layer: linear or convolutional; its weight is W', and is changed in place.
+        read: W, (outputs, inputs that went, *kernel).
+        moments: of the inputs that it had, see `Moments`.
+        lost: which of these went, (channels,).
         norm: BatchNorm behind it; its running mean takes W b if the layer has no bias. Without either, b = 0.
     """
     if not moments[:, -1, -1].all():
         return  # too few images to halve
-    read = layer.weight.double().cpu()[:, lost]
+    read = read.double().cpu()
     constant = layer.bias is not None or norm is not None
     demand = torch.einsum("oi...,oj...->ij", read, read)
     halves = [(moments[0], moments[1]), (moments[1], moments[0])]
@@ -209,7 +233,7 @@ def make_up(layer: Any, moments: Tensor, lost: Tensor, norm: nn.modules.batchnor
         return sum(_error(other, lost, _prediction(one, lost, ridge, constant), demand) for one, other in halves)
 
     prediction = _prediction(moments.sum(dim=0), lost, min(RIDGES, key=error), constant)
-    layer.weight[:, ~lost] += torch.einsum("si,oi...->os...", prediction[:-1], read).to(layer.weight)
+    layer.weight += torch.einsum("si,oi...->os...", prediction[:-1], read).to(layer.weight)
     shift = read.flatten(2).sum(2) @ prediction[-1] if read.dim() > 2 else read @ prediction[-1]
     if layer.bias is not None:
         layer.bias += shift.to(layer.bias)

@@ -146,7 +146,7 @@ print(pruned)
 # One run says little. The harness prunes the same adversarially trained networks by each *contender* to the same
 # measured budget, recalibrates and fine-tunes them alike, and evaluates them on the same images. Here are two of its
 # own beside two with the new criterion: with one ratio for all groups (`by_ratio`), and with ratios by sensitivity
-# (`allocated`).
+# (`allocated`), where layers make up for the channels that they lose, as in `mrpf`.
 
 # %%
 worst_change = with_gradients(WorstChange)
@@ -154,7 +154,7 @@ contenders: dict[str, Contender] = {
     "L2, uniform": CONTENDERS["L2, uniform"],
     "worst change, uniform": Once(by_ratio(worst_change, "uniform")),
     MAIN: CONTENDERS[MAIN],
-    "MRS allocate + worst change": Once(allocated(worst_change, sensitivity)),
+    f"{MAIN} + worst change": Once(allocated(worst_change, sensitivity, compensate=True)),
 }
 folder = Path("runs/your-own-parts")
 work = Work("digits", "narrowest resnet18", Budget("macs", 0.5), seed=0)
