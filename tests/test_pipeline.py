@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 import torchattacks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,6 +89,15 @@ def test_layers_make_up_for_what_goes_unless_told_otherwise(batches: Batches) ->
         outputs[report.settings["compensate"], len(options)] = model.eval()(EXAMPLE)
     assert torch.equal(outputs[True, 0], outputs[True, 1])
     assert not torch.allclose(outputs[True, 1], outputs[False, 1])
+
+
+def test_a_base_without_scores_for_a_group_prunes_nothing(batches: Batches) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 900, 4))
+    before = copy.deepcopy(model.state_dict())
+    bare = tp.importance.BNScaleImportance()
+    with pytest.raises(InputError, match="base: it gives no scores for the group of 0, which is to be"):
+        mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.5, base=bare, epochs=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_same_seed_same_model(batches: Batches) -> None:

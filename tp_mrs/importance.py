@@ -53,7 +53,7 @@ class MRSImportance(tp.importance.Importance):
             sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
             does. Over several steps, it is a fraction of the channels at the first.
         round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
-        moments: also record what layers read, for `step_with`, as `measurement().moments`.
+        moments: also record, in `measurement().moments`, what `mrpf` needs to let layers make up for lost channels.
         epsilon, estimator, steps, max_batches, precision, channels_last, seed, progress: as for `measure_sensitivity`.
 
     Raises:

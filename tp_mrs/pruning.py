@@ -206,9 +206,26 @@ def prune_by_ratio(
     importance: Any = None,
     step: Callable[[Any], None] = methodcaller("step"),
 ) -> None:
-    """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole."""
+    """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole.
+
+    Raises:
+        InputError: the importance has no scores for a group that is to be pruned; nothing was changed.
+    """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    pruner = build_pruner(model, example_inputs, importance, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
+    importance = importance if importance is not None else tp.importance.MagnitudeImportance()
+
+    def scored(group: Any) -> Tensor | None:
+        scores: Tensor | None = importance(group)
+        shrunk = [item.dep.target.module for item in group if side_of(pruner.DG, item.dep.handler) != "in"]
+        if scores is None and any(ratios.get(module) for module in shrunk):
+            name = next(name for name, module in model.named_modules() if module in shrunk)
+            raise InputError(
+                f"base: it gives no scores for the group of {name}, which is to be pruned; choose one that scores "
+                "every layer, such as 'sensitivity' or 'magnitude'"
+            )
+        return scores
+
+    pruner = build_pruner(model, example_inputs, scored, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
     step(pruner)
     for name, parameter in refresh(model).named_parameters():
         parameter.requires_grad_(name not in frozen)  # what is pruned is a new parameter
