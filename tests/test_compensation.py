@@ -248,6 +248,16 @@ def test_layers_that_lose_inputs_change_and_no_others(architecture: str) -> None
     assert len(changed) > len(losers) / 2  # in the others, one half of the images says nothing of the other
 
 
+def test_step_after_step() -> None:
+    model = tp_mrs.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=8, depth=2)
+    data = image_batches(1, 8)
+    pruner = build_pruner(model, data[0][0][:1], pruning_ratio=0.5, iterative_steps=2)
+    for _ in range(2):
+        compensated_step(pruner, data, torchattacks.FGSM, progress=False)
+    assert tp_mrs.refresh(model).eval()(data[0][0]).isfinite().all()
+    assert model.get_submodule("blocks.0.mlp.fc2").weight.shape[1] == 384  # type: ignore[index]
+
+
 def test_frozen_layers_stay(batches: Batches) -> None:
     model: Any = cnn_with_twins()
     model[3].weight.requires_grad_(False)

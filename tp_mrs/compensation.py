@@ -13,7 +13,7 @@ import torch_pruning as tp
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from .architectures import LAYERS
+from .architectures import LAYERS, refresh
 from .attacks import AttackLike, attacked_batches
 from .borrowing import borrowed
 from .errors import InputError, check_seed, device_of
@@ -80,7 +80,7 @@ def compensated_step(
             f"pruner: expected a pruner of Torch-Pruning, such as tp.pruner.BasePruner, got {pruner!r:.80}"
         )
     check_seed(seed)
-    model = pruner.model
+    model = refresh(pruner.model)  # attention pruned by an earlier step cannot run before
     with borrowed(model):
         with failing_together():
             batches = attacked_batches(model, data, attack, max_batches=max_batches, seed=seed, progress=progress)
