@@ -46,7 +46,7 @@ def run(seed: int) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     lines = [
-        "| seed | MACs | dense clean / PGD-20 | pruned, BatchNorm recalibrated | fine-tuned |",
+        "| seed | MACs | dense clean / PGD-20 | pruned, not yet fine-tuned | fine-tuned |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in runs:
