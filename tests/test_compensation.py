@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tp_mrs
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet
 from tp_mrs import InputError, compensated_step
-from tp_mrs.compensation import RIDGES, Moments, _prediction, make_up, recording
+from tp_mrs.compensation import RIDGES, WIDEST, Moments, _prediction, make_up, recording
 from tp_mrs.pruning import build_pruner
 
 
@@ -280,6 +280,7 @@ def test_layers_that_read_in_another_way_are_not_recorded() -> None:
         nn.Conv2d(4, 2, 1),
     )
     assert set(recorded(model, torch.rand(2, 4, 4, 4))) == {"5"}
+    assert not recorded(nn.Sequential(nn.Linear(WIDEST + 1, 2)), torch.rand(2, WIDEST + 1))
 
 
 # --- the user's model ------------------------------------------------------------------------------------------------

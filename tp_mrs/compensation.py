@@ -29,8 +29,8 @@ Of the first half of each batch, and of the second; x runs over all images and p
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Tried in each layer, in units of the mean variance of the channels that stay; at infinity nothing is made up for."""
 
-WIDEST = 8192
-"""Layers of more inputs are left alone: their moments would take over half a gigabyte."""
+WIDEST = 4096
+"""Layers of more inputs are left alone: the moments of each would take over a quarter of a gigabyte."""
 
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 """They rescale their weight in each pass, so that adding to it does something else."""
@@ -69,7 +69,7 @@ def compensated_step(
     Notes:
         λ is chosen for each layer so that each half of the images predicts the other best; where nothing is predicted,
         layers stay as they are. So do frozen layers, those with groups, with weights that others share or that are
-        standardised, transposed convolutions, and layers of over 8192 inputs; and no attention logit is made up for.
+        standardised, transposed convolutions, and layers of over 4096 inputs; and no attention logit is made up for.
 
     Source: least-squares reconstruction after He et al., "Channel Pruning for Accelerating Very Deep Neural Networks",
         arXiv 1707.06168; among channels, as an interpolation, after Chee et al., "Model Preserving Compression for
