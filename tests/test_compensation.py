@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tp_mrs
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet
-from tp_mrs import InputError, compensated_step
+from tp_mrs import DivergenceError, InputError, compensated_step
 from tp_mrs.compensation import RIDGES, WIDEST, Moments, _prediction, make_up, recording
 from tp_mrs.pruning import build_pruner
 
@@ -265,6 +265,56 @@ def test_frozen_layers_stay(batches: Batches) -> None:
     pruner = build_pruner(model, batches[0][0][:1], Chosen(2), pruning_ratio=0.0, pruning_ratio_dict={model[0]: 1 / 8})
     compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
     assert torch.equal(model[3].weight, expected)
+
+
+@pytest.mark.parametrize(("bias", "frozen"), [(True, "2.bias"), (False, "3.weight")])
+def test_what_is_frozen_takes_no_constant(bias: bool, frozen: str, batches: Batches) -> None:
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=bias), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    model.get_parameter(frozen).requires_grad_(False)
+    constants = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if name in ("2.bias", "3.running_mean")
+    }
+    pruner = build_pruner(model, batches[0][0][:1], Chosen(2), pruning_ratio=0.0, pruning_ratio_dict={model[0]: 1 / 8})
+    compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+    assert all(torch.equal(model.state_dict()[name], constant) for name, constant in constants.items())
+
+
+def test_nothing_to_change_is_told(batches: Batches, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_cnn().requires_grad_(False)
+    pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5)
+    compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+    assert "no layer made up for channels" in caplog.text
+
+
+def test_infinite_activations_prune_nothing(batches: Batches) -> None:
+    model: Any = small_cnn()
+    model[0].weight.data *= 1e38
+    model[1].weight.data *= 1e10
+    pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5)
+    with pytest.raises(DivergenceError, match="what layers read of the attacked images is not finite"):
+        compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+    assert len(model[0].weight) == 8
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(input=self.first(images).mean(dim=(2, 3)))
+
+
+def test_layers_called_by_keyword_are_told_and_no_hook_stays(batches: Batches) -> None:
+    model = ByKeyword()
+    with pytest.raises(InputError, match="model: it calls a Linear by keyword"):
+        build_pruner(model, batches[0][0][:1])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    pruner = tp.pruner.BasePruner(model, batches[0][0][:1], tp.importance.MagnitudeImportance(), pruning_ratio=0.5)
+    with pytest.raises(InputError, match="model: it calls a Linear by keyword"):
+        compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+    assert len(model.first.weight) == 8
 
 
 def test_layers_that_read_in_another_way_are_not_recorded() -> None:

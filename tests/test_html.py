@@ -75,9 +75,15 @@ def test_the_page_is_complete_and_escapes_names(report: Report) -> None:
         "points (",
     ):
         assert text in found.text
+    assert "What these gave, layers get from the others" in found.text
     assert "Too few images to say how stable this is" in found.text
     assert page.count("<figure>") == page.count("<svg") == 4
     assert "torch-pruning" in found.text
+
+
+def test_without_compensation(report: Report) -> None:
+    plain = replace(report, settings={**report.settings, "compensate": False})
+    assert "What these gave" not in report_page(plain, model="m", data="d", run={})
 
 
 def test_warnings_and_no_evaluation(report: Report) -> None:

@@ -118,6 +118,8 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 0.5, "rounds": 0}, "rounds"),
         ({"macs": 0.5, "epochs": -1}, "epochs"),
         ({"macs": 0.5, "alpha": -1}, "alpha"),
+        ({"macs": 0.5, "compensate": "no"}, "compensate: expected True or False, got 'no'"),
+        ({"macs": 0.5, "attack": lambda: None}, "attack: .* can't be called with the model"),
         ({"macs": 0.5, "min_keep": 2}, "min_keep"),
         ({"macs": 0.5, "objective": "pdg"}, "objective: expected one of"),
         ({"macs": 0.5, "learning_rate": 0.1}, "training arguments: .*learning_rate"),

@@ -39,6 +39,28 @@ def test_a_model_without_batchnorm_is_left_alone() -> None:
     assert recalibrate(model, []) is model
 
 
+def _pooled() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (5, 1), (5, 1, 1)])
+def test_single_images_go_with_their_neighbours(sizes: tuple[int, ...]) -> None:
+    images, models = torch.rand(7, 3, 8, 8)[: sum(sizes)], (_pooled(), _pooled())
+    models[1].load_state_dict(models[0].state_dict())
+    recalibrate(models[0], [(part, torch.zeros(len(part)).long()) for part in images.split(sizes)])
+    recalibrate(models[1], [(images, torch.zeros(len(images)).long())])
+    for ours, theirs in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_single_image_says_nothing_of_a_single_value() -> None:
+    model: Any = _pooled()
+    images = torch.rand(1, 3, 8, 8)
+    with unchanged(model), pytest.raises(InputError, match="data: BatchNorm has no statistics of a single value"):
+        recalibrate(model, [(images, torch.tensor([0]))])
+    assert model[2].momentum == 0.1
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [([], "data: it yielded no batch"), ([(torch.full((2, 3, 32, 32), 2.0), torch.tensor([0, 1]))], "images")],

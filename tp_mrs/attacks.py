@@ -148,10 +148,26 @@ def _reason(attack: Attack, images: Tensor, labels: Tensor, error: str) -> str |
     return None
 
 
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether it can be called with one argument, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it has none
+        return True
+    return True
+
+
 def build(attack: AttackLike, model: nn.Module) -> Attack:
     """The attack, made if need be, and checked to be one on this model; raises as `bind`."""
     built = attack if isinstance(attack, Attack) else None
     if built is None and callable(attack):
+        if not _takes_one(attack):
+            raise InputError(
+                f"attack: {attack!r:.80} can't be called with the model; pass a factory such as "
+                "lambda model: torchattacks.PGD(model, eps=8/255)"
+            )
         built = attack(model)
     if not isinstance(built, Attack):
         raise InputError(

@@ -19,8 +19,8 @@ from .errors import InputError
 def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     """Lend `model` for measuring: eval mode inside, everything as before outside.
 
-    Kept: each module's training flag, each parameter's `requires_grad` and `.grad`, the buffers' values, and the
-    random state of Python, NumPy and torch. Inside, every `.grad` is None, gradients are enabled, and the random
+    Kept: each module's training flag and hooks, each parameter's `requires_grad` and `.grad`, the buffers' values, and
+    the random state of Python, NumPy and torch. Inside, every `.grad` is None, gradients are enabled, and the random
     generators start from `seed` if one is given. Weights are not copied: who changes them puts them back.
 
     Raises:
@@ -32,6 +32,7 @@ def borrowed(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
         preserved_flags(model),
         preserved_buffers(model),
         preserved_caches(model),
+        preserved_hooks(model),
         preserved_rng(model, seed),
         torch.enable_grad(),
     ):
@@ -105,6 +106,19 @@ def preserved_caches(model: nn.Module) -> Iterator[None]:
     finally:
         for module, cache in caches:
             module.attention_bias_cache = cache
+
+
+@contextmanager
+def preserved_hooks(model: nn.Module) -> Iterator[None]:
+    """Keep the hooks around forward passes; Torch-Pruning leaves its own behind where its trace fails."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    before = [(hooks, set(hooks)) for module in model.modules() for hooks in (getattr(module, name) for name in names)]
+    try:
+        yield
+    finally:
+        for hooks, keys in before:
+            for key in hooks.keys() - keys:
+                del hooks[key]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from .architectures import LAYERS, refresh
 from .attacks import AttackLike, attacked_batches
 from .borrowing import borrowed
-from .errors import InputError, check_seed, device_of
+from .errors import DivergenceError, InputError, check_seed, device_of, first_input
+from .numerics import culprit
 from .processes import add_up, failing_together, place
 from .pruning import side_of, width
+
+logger = logging.getLogger(__name__)
 
 Moments: TypeAlias = dict[str, Tensor]
 """Name of a layer → (2, channels + 1, channels + 1), float64: Σ x xᵀ over its inputs x with a 1 behind them.
@@ -64,12 +68,13 @@ def compensated_step(
 
     Raises:
         InputError: an argument or a batch is unusable; nothing was pruned.
-        DivergenceError: the attack is not finite.
+        DivergenceError: the attack, or what layers read, is not finite; nothing was pruned.
 
     Notes:
         λ is chosen for each layer so that each half of the images predicts the other best; where nothing is predicted,
-        layers stay as they are. So do frozen layers, those with groups, with weights that others share or that are
-        standardised, transposed convolutions, and layers of over 4096 inputs; and no attention logit is made up for.
+        layers stay as they are. So do layers with frozen parameters, those with groups, with weights that others share
+        or that are standardised, transposed convolutions, and layers of over 4096 inputs; and no attention logit is
+        made up for. A warning says when nothing could be changed.
 
     Source: least-squares reconstruction after He et al., "Channel Pruning for Accelerating Very Deep Neural Networks",
         arXiv 1707.06168; among channels, as an interpolation, after Chee et al., "Model Preserving Compression for
@@ -87,7 +92,11 @@ def compensated_step(
         with torch.no_grad(), recording(model) as found:
             for images, _ in batches:
                 model(images)
-    step_with(pruner, summed(found, device_of(model)))
+        moments = summed(found, device_of(model))
+        if not all(moment.isfinite().all() for moment in moments.values()):
+            where = next(filter(None, (culprit(model, images) for images, _ in batches)), "")
+            raise DivergenceError(f"what layers read of the attacked images is not finite{where}")
+    step_with(pruner, moments)
 
 
 @contextmanager
@@ -96,7 +105,7 @@ def recording(model: nn.Module) -> Iterator[Moments]:
     found: Moments = {}
 
     def note(name: str, arguments: tuple[Any, ...]) -> None:
-        rows = _rows(layers[name], arguments[0].detach())
+        rows = _rows(layers[name], first_input(layers[name], arguments).detach())
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         found[name] += torch.stack([half.T @ half for half in rows.tensor_split(2)]).cpu()
 
@@ -146,20 +155,22 @@ def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
         moments: of layers' inputs; layers that are missing are left alone.
     """
     model = pruner.model
-    layers = {layer: _Dense(layer) for name, layer in _compensable(model) if name in moments and _is_trained(layer)}
+    layers = {layer: _Dense(layer) for name, layer in _compensable(model) if name in moments and not _is_frozen(layer)}
     names = {module: name for name, module in model.named_modules()}
     for group in pruner.step(interactive=True):
         for (layer, side), gone in _removed(pruner.DG, group).items():
             if layer in layers:
                 layers[layer].lose(side, gone)
         group.prune()
-    for layer, dense in layers.items():
-        if dense.lost.any():
-            make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))
+    losers = {layer: dense for layer, dense in layers.items() if dense.lost.any()}
+    for layer, dense in losers.items():
+        make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))
+    if not losers:
+        logger.warning("no layer made up for channels: none that can be changed has lost any (frozen layers stay)")
 
 
-def _is_trained(layer: Any) -> bool:
-    return bool(layer.weight.requires_grad)
+def _is_frozen(module: nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in module.parameters())
 
 
 class _Dense:
@@ -196,12 +207,12 @@ def _removed(graph: Any, group: Any) -> dict[tuple[nn.Module, str], set[int]]:
 
 
 def _following_norm(graph: Any, layer: nn.Module) -> nn.modules.batchnorm._BatchNorm | None:
-    """The BatchNorm that all outputs of the layer go to, and they alone."""
+    """The BatchNorm that all outputs of the layer go to, and they alone, unless it is frozen."""
     followers = graph.module2node[layer].outputs
     norm = followers[0].module if len(followers) == 1 else None
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and len(graph.module2node[norm].inputs) == 1:
-        return norm
-    return None
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or _is_frozen(norm):
+        return None
+    return norm if len(graph.module2node[norm].inputs) == 1 else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,12 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed: expected an integer from 0 to 4294967295, got {seed!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise `InputError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: expected True or False, got {value!r:.80}")
+
+
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise `InputError` unless `value` is one of `choices`."""
     options = [str(choice) for choice in choices]  # type: ignore[attr-defined]
@@ -94,6 +101,16 @@ def check_module(model: object) -> None:
     """Raise `InputError` unless it is a module."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def first_input(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a layer was called with. Raises `InputError` if that was by keyword, which hooks don't see."""
+    if not inputs:
+        raise InputError(
+            f"model: it calls a {type(layer).__name__} by keyword, as layer(input=x), which can't be followed; change "
+            "its forward to layer(x)"
+        )
+    return inputs[0]
 
 
 def device_of(model: nn.Module) -> torch.device:

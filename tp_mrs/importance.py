@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import AttackLike, build
 from .batches import check_again
-from .errors import InputError, check_choice, check_count, check_number, device_of
+from .errors import InputError, check_choice, check_count, check_flag, check_number, device_of
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
 from .pruning import layers_of, prunable_groups, refresh, side_of
@@ -89,6 +89,7 @@ class MRSImportance(tp.importance.Importance):
         check_number("alpha", alpha, low=0)
         check_number("min_keep", min_keep, low=0, high=1)
         check_count("round_to", round_to)
+        check_flag("moments", moments)
         settings: dict[str, Any] = {
             "epsilon": epsilon,
             "estimator": estimator,

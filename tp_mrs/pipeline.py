@@ -18,7 +18,7 @@ from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
 from .compensation import step_with
-from .errors import check_count, check_example_inputs, check_number, naming
+from .errors import check_count, check_example_inputs, check_flag, check_number, naming
 from .evaluation import Evaluation, evaluate, measure_latency
 from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
@@ -179,6 +179,7 @@ def mrpf(
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
     check_options(rounds=rounds, epochs=epochs, alpha=alpha, min_keep=min_keep, round_to=round_to)
+    check_flag("compensate", compensate)
     check_example_inputs(model, example_inputs)
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
     with naming("train_attack"):

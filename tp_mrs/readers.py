@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import LAYERS
+from .errors import first_input
 from .pruning import width
 
 
@@ -30,7 +31,7 @@ def reading(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             found[name].append(torch.zeros(len(images), width(layer, "in"), device=images.device))
 
     def watch(name: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        values = arguments[0]
+        values = first_input(layer, arguments)
         if values.requires_grad:
             values.register_hook(partial(note, found[name][-1], layer, values.detach()))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .batches import checked_batches
 from .borrowing import borrowed, preserved_flags, preserved_rng
-from .errors import check_seed
+from .errors import InputError, check_seed
 
 
 def recalibrate(
@@ -48,6 +50,36 @@ def recalibrate(
         batches = list(
             checked_batches(model, data, max_batches=max_batches, description="recalibrating", progress=progress)
         )
-    with preserved_flags(model), preserved_rng(model, seed), torch.no_grad():
-        update_bn(batches, model)
+    with preserved_flags(model), preserved_rng(model, seed), _all_or_nothing(model), torch.no_grad():
+        try:
+            update_bn(_without_single_images(batches), model)
+        except ValueError as error:
+            raise InputError(
+                f"data: BatchNorm has no statistics of a single value ({error}); use larger batches"
+            ) from error
     return model
+
+
+def _without_single_images(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The images; one that makes a batch by itself goes with its neighbours, where they are of one shape."""
+    found: list[Tensor] = []
+    for images, _ in batches:
+        if found and 1 in (len(images), len(found[-1])) and found[-1].shape[1:] == images.shape[1:]:
+            images = torch.cat([found.pop(), images])
+        found.append(images)
+    return found
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If the block fails, BatchNorm's buffers and momenta are what they were."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta, before = [norm.momentum for norm in norms], copy.deepcopy([dict(norm.named_buffers()) for norm in norms])
+    try:
+        yield
+    except BaseException:
+        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        raise

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .architectures import LAYERS, prunable_attention, rigid_attention, stiff_modules
 from .borrowing import borrowed, preserved_caches, thawed
+from .errors import first_input
 from .layouts import Layout, find_layout, numbered
 from .widths import Widths
 
@@ -217,7 +218,7 @@ class _Tracer(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self._inside += 1
-        if self._inside > 1 or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
+        if self._inside > 1 or not isinstance(first_input(module, inputs), Tensor) or not inputs[0].requires_grad:
             return inputs
         axis = self.axis(inputs[0])
         if module not in self._stiff and axis == expected_axis(module, inputs[0], axis):
