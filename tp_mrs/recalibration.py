@@ -54,6 +54,8 @@ def recalibrate(
         try:
             update_bn(_without_single_images(batches), model)
         except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
             raise InputError(
                 f"data: BatchNorm has no statistics of a single value ({error}); use larger batches"
             ) from error
