@@ -288,8 +288,8 @@ SHOWN: dict[str, tuple[str, str]] = {
     MAIN: (BLUE, "o"),
     "MRS allocate": ("#56B4E9", "P"),
     "MRSImportance + Taylor, global": (GREEN, "s"),
-    "L2, uniform, compensated": ("#7F3C00", "<"),
     "L2, uniform": (ORANGE, "^"),
+    "L2, uniform, compensated": ("#7F3C00", "<"),
     "L2, global": ("#E69F00", "v"),
     "Taylor (adversarial), global": ("#CC79A7", "D"),
     "random, uniform": (GREY, "x"),
@@ -411,11 +411,15 @@ def plot_widths(found: Sequence[Comparison], path: Path) -> None:
 
 
 def channels_kept(comparison: Comparison, seed: int) -> dict[str, dict[str, float]]:
-    """Of each layer that any of the contenders shown prunes, what each of them keeps, in %."""
-    cells = {name: comparison.cells.get(name, {}).get(seed, {}) for name in SHOWN}
+    """Of each layer that any of the contenders shown prunes, what each of them keeps, in %; each shape once."""
+    shapes: dict[str, dict[str, int]] = {}
+    for name in SHOWN:
+        shape = comparison.cells.get(name, {}).get(seed, {}).get("widths")
+        if shape is not None and shape not in shapes.values():
+            shapes[name] = shape
     found: dict[str, dict[str, float]] = {}
     for layer, width in comparison.dense[seed]["widths"].items():
-        kept = {name: 100 * cell["widths"][layer] / width for name, cell in cells.items() if "widths" in cell}
+        kept = {name: 100 * shape[layer] / width for name, shape in shapes.items()}
         if min(kept.values()) < 100:
             found[layer] = kept
     return found
