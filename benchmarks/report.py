@@ -27,6 +27,7 @@ from tp_mrs.plotting import BLUE, GREEN, ORANGE
 
 ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
+SUMMARISED = (MAIN, "mrpf, MART")
 RESAMPLES = 2000
 FEWEST_POINTS = 3
 """Of a curve over the epochs of fine-tuning."""
@@ -73,9 +74,9 @@ class Comparison:
         """Of the contenders with cells: in the order of `CONTENDERS`, then those of your own."""
         return [*(name for name in CONTENDERS if name in self.cells), *sorted(set(self.cells) - set(CONTENDERS))]
 
-    def common(self, point: str) -> list[str]:
-        """Contenders with results for all seeds that the main one has."""
-        wanted = self.seeds(MAIN, point)
+    def common(self, point: str, of: str = MAIN) -> list[str]:
+        """Contenders with results for all seeds that this one has."""
+        wanted = self.seeds(of, point)
         return [name for name in self.names if wanted and set(wanted) <= set(self.seeds(name, point))]
 
     def whole_curve(self, contender: str = MAIN) -> list[int]:
@@ -91,23 +92,20 @@ class Comparison:
     def size(self, contender: str, measure: str) -> float:
         return 100 * statistics.mean(cell[measure] for cell in self.cells[contender].values() if measure in cell)
 
-    def outcomes(self, contender: str, point: str) -> list[np.ndarray[Any, Any]]:
-        """Of each seed of the main contender: whether each image was right."""
-        return [right(self.cells[contender][seed], point) for seed in self.seeds(MAIN, point)]
-
-    def lead(self, contender: str, point: str) -> tuple[float, float, float]:
-        """The main contender's robust accuracy less this one's, in points, and its 95% interval."""
-        pairs = zip(self.outcomes(MAIN, point), self.outcomes(contender, point), strict=True)
-        return bootstrap([ours - theirs for ours, theirs in pairs])
+    def lead(self, contender: str, point: str, of: str = MAIN) -> tuple[float, float, float]:
+        """The robust accuracy of one less the contender's, in points, and its 95% interval; on the former's seeds."""
+        seeds = self.seeds(of, point)
+        ours, theirs = ([right(self.cells[name][seed], point) for seed in seeds] for name in (of, contender))
+        return bootstrap([one - other for one, other in zip(ours, theirs, strict=True)])
 
     def dense_accuracy(self, seeds: Iterable[int]) -> float:
         """Robust accuracy of the dense networks, mean in %."""
         return 100 * statistics.mean(self.dense[seed][ATTACK] for seed in seeds)
 
-    def best_other(self, point: str) -> str | None:
+    def best_other(self, point: str, of: str = MAIN) -> str | None:
         """Of Torch-Pruning's, by the mean over the same seeds and images, which favours it."""
-        others = [name for name in self.common(point) if name in OTHERS]
-        return max(others, key=lambda name: self.accuracy(name, point), default=None)
+        others, seeds = [name for name in self.common(point, of) if name in OTHERS], self.seeds(of, point)
+        return max(others, key=lambda name: self.accuracy(name, point, seeds=seeds), default=None)
 
 
 def right(cell: dict[str, Any], point: str) -> np.ndarray[Any, Any]:
@@ -157,22 +155,22 @@ def summary(found: Iterable[Comparison]) -> str:
     """Ours beside the best of the others at each budget and amount of fine-tuning."""
     rows = []
     for comparison in found:
-        for point in comparison.points():
-            best = comparison.best_other(point)
-            if best is not None:
-                seeds = comparison.seeds(MAIN, point)
+        for point, ours in itertools.product(comparison.points(), SUMMARISED):
+            best = comparison.best_other(point, ours)
+            if best is not None and (float(point) or ours == MAIN):  # before fine-tuning they are the same
+                seeds = comparison.seeds(ours, point)
                 rows.append(
                     [
                         f"{comparison.key.subject}, {comparison.key}",
                         epochs_text(point),
                         str(len(seeds)),
                         f"{comparison.dense_accuracy(seeds):.1f}",
-                        f"{comparison.accuracy(MAIN, point):.1f}",
-                        f"{comparison.accuracy(best, point):.1f} ({best})",
-                        lead_text(comparison.lead(best, point)),
+                        f"{comparison.accuracy(ours, point):.1f} ({ours})",
+                        f"{comparison.accuracy(best, point, seeds=seeds):.1f} ({best})",
+                        lead_text(comparison.lead(best, point, ours)),
                     ]
                 )
-    header = ["network, budget", "fine-tuning", "seeds", "dense", MAIN, "best other", "difference"]
+    header = ["network, budget", "fine-tuning", "seeds", "dense", "ours", "best other", "difference"]
     return markdown(header, rows) if rows else ""
 
 
