@@ -89,8 +89,7 @@ def report() -> str:
         f"**Time of the criterion itself**, resnet18 of full width, {found['images']} images of 32×32, attack "
         f"included, on {found['device']}: measuring MRS and setting ratios takes {mine / taylor:.2f} times as long as "
         f"adversarial Taylor; pruning each group on trial takes {tried / mine:.1f} times as long as that. Making up "
-        f"for the channels that go adds {(compensated - plain) / taylor:.2f} times the time of adversarial Taylor; it "
-        "does not grow with the images."
+        f"for the channels that go adds {(compensated - plain) / taylor:.2f} times the time of adversarial Taylor."
     )
 
 

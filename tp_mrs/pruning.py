@@ -216,14 +216,16 @@ def prune_by_ratio(
 
     def scored(group: Any) -> Tensor | None:
         scores: Tensor | None = importance(group)
+        if scores is not None:
+            return scores
         shrunk = [item.dep.target.module for item in group if side_of(pruner.DG, item.dep.handler) != "in"]
-        if scores is None and any(ratios.get(module) for module in shrunk):
+        if any(ratios.get(module) for module in shrunk):
             name = next(name for name, module in model.named_modules() if module in shrunk)
             raise InputError(
                 f"base: it gives no scores for the group of {name}, which is to be pruned; choose one that scores "
                 "every layer, such as 'sensitivity' or 'magnitude'"
             )
-        return scores
+        return None
 
     pruner = build_pruner(model, example_inputs, scored, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
     step(pruner)
