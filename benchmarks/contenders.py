@@ -134,6 +134,7 @@ Contender: TypeAlias = Callable[[Subject, Budget, float], nn.Module]
 """Subject, budget and epochs of fine-tuning → a new model."""
 
 Prune: TypeAlias = Callable[[Subject, Budget], nn.Module]
+"""Subject and budget → a new model, with BatchNorm's statistics set."""
 
 Make: TypeAlias = Callable[[Subject, nn.Module], Any]
 """Makes an importance for a copy of the subject's model."""
@@ -152,7 +153,7 @@ MART = Tuning({"objective": "mart", "attack": "ffgsm"}, passes=3)
 
 @dataclass(frozen=True)
 class Once:
-    """Prune, recalibrate BatchNorm, fine-tune: for as many passes as fast adversarial training takes."""
+    """Prune, fine-tune: for as many passes as fast adversarial training takes."""
 
     prune: Prune
     tuning: Tuning = FAST
@@ -168,7 +169,7 @@ class Once:
 @lru_cache(maxsize=1)
 def _pruned(prune: Prune, subject: Subject, budget: Budget) -> nn.Module:
     """Kept, for the next number of epochs."""
-    return recalibrate(prune(subject, budget), subject.calibration, progress=False)
+    return prune(subject, budget)
 
 
 # --- importances -----------------------------------------------------------------------------------------------------
@@ -250,6 +251,31 @@ def mrs(base: Any, alpha: float = 1.0, kind: str = "adversarial") -> Make:
     return make
 
 
+# --- BatchNorm's statistics after pruning ----------------------------------------------------------------------------
+
+Settle: TypeAlias = Callable[[Subject, nn.Module], nn.Module]
+
+
+def anew(subject: Subject, model: nn.Module) -> nn.Module:
+    """Means and variances of the calibration images."""
+    return recalibrate(model, subject.calibration, progress=False)
+
+
+def means_only(subject: Subject, model: nn.Module) -> nn.Module:
+    """The variances are those that the dense network learned."""
+    return recalibrate(model, subject.calibration, variances=False, progress=False)
+
+
+def half_way(subject: Subject, model: nn.Module) -> nn.Module:
+    """Variances are the geometric mean of the two."""
+    variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
+    learned = [variance.clone() for variance in variances]
+    anew(subject, model)
+    for variance, before in zip(variances, learned, strict=True):
+        variance.mul_(before).sqrt_()
+    return model
+
+
 # --- ways of pruning -------------------------------------------------------------------------------------------------
 
 SCOPES: dict[str, dict[str, bool]] = {
@@ -261,7 +287,12 @@ SCOPES: dict[str, dict[str, bool]] = {
 
 
 def by_ratio(
-    make: Make, scope: str, dense: Callable[[Subject], nn.Module] | None = None, compensate: bool = False
+    make: Make,
+    scope: str,
+    dense: Callable[[Subject], nn.Module] | None = None,
+    *,
+    compensate: bool = False,
+    settle: Settle = anew,
 ) -> Prune:
     """Torch-Pruning's own way: one pruning ratio for the network, here the one that meets the budget.
 
@@ -270,6 +301,7 @@ def by_ratio(
         scope: of `SCOPES`.
         dense: makes another model than the subject's own to start from.
         compensate: whether layers make up for the channels that go, as in ours.
+        settle: what is done about BatchNorm.
     """
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
@@ -295,7 +327,7 @@ def by_ratio(
             if error < TOLERANCE:
                 break
             low, high = (middle, high) if found > budget.target else (low, middle)
-        return nearest
+        return settle(subject, nearest)
 
     return prune
 
@@ -305,7 +337,13 @@ Scores: TypeAlias = Callable[[Subject], Any]
 
 
 def allocated(
-    make: Make, scores: Scores, alpha: float = 0.5, round_to: int | None = None, compensate: bool = False
+    make: Make,
+    scores: Scores,
+    alpha: float = 0.5,
+    round_to: int | None = None,
+    *,
+    compensate: bool = False,
+    settle: Settle = anew,
 ) -> Prune:
     """Ratios from `allocate`, channels within a group by the importance."""
 
@@ -314,7 +352,7 @@ def allocated(
         wanted: dict[str, Any] = {budget.measure: budget.target}
         ratios = allocate(model, subject.example, scores(subject), alpha=alpha, round_to=round_to, **wanted)
         prune_by_ratio(model, subject.example, ratios, make(subject, model), stepping(subject, compensate))
-        return model
+        return settle(subject, model)
 
     return prune
 
@@ -484,9 +522,10 @@ OTHERS: dict[str, Contender] = {
 }
 
 OWN = mrs("sensitivity", alpha=0.0)
+COMPENSATING: dict[str, Any] = {"compensate": True, "settle": means_only}
 OURS: dict[str, Contender] = {
-    "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
-    "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),
+    "mrpf": Once(allocated(OWN, sensitivity, **COMPENSATING)),
+    "mrpf, MART": Once(allocated(OWN, sensitivity, **COMPENSATING), MART),
     "mrpf, 2 rounds": in_rounds(2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
@@ -500,13 +539,20 @@ OURS: dict[str, Contender] = {
 """`mrpf` in one round is taken apart, to be fine-tuned as the others are; `allocate` alone does not compensate."""
 
 COMPENSATED: dict[str, Contender] = {
-    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
-    "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
-    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
+    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", **COMPENSATING)),
+    "L2, global, compensated": Once(by_ratio(plain(L2), "global", **COMPENSATING)),
+    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", **COMPENSATING)),
 }
 """Torch-Pruning's criteria with our compensation: what is left of the lead is the sensitivities' own."""
 
+SETTLED: dict[str, Contender] = {
+    "L2, uniform, variances half way": Once(by_ratio(plain(L2), "uniform", settle=half_way)),
+    "L2, uniform, means only": Once(by_ratio(plain(L2), "uniform", settle=means_only)),
+}
+"""Without compensation, and with what `mrpf` does about BatchNorm, or half of it."""
+
 ABLATIONS: dict[str, Contender] = {
+    "mrpf with new variances": Once(allocated(OWN, sensitivity, compensate=True)),
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
     "without attack: clean sensitivity": Once(allocated(mrs("sensitivity", 0.0, "clean"), clean_sensitivity)),
     "without channels: score of the group": Once(allocated(OWN, whole_group)),
@@ -514,6 +560,6 @@ ABLATIONS: dict[str, Contender] = {
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
-CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **ABLATIONS}
+CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **SETTLED, **ABLATIONS}
 MAIN = "mrpf"
 """The one that others are compared with, pair by pair."""

@@ -91,6 +91,17 @@ def test_layers_make_up_for_what_goes_unless_told_otherwise(batches: Batches) ->
     assert not torch.allclose(outputs[True, 1], outputs[False, 1])
 
 
+def test_variances_stay_where_layers_make_up_for_what_goes(batches: Batches) -> None:
+    dense: Any = small_cnn()
+    dense[1].running_var.uniform_(0.5, 2)
+    for compensate in (True, False):
+        model: Any = copy.deepcopy(dense)
+        mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, epochs=0, compensate=compensate)
+        assert 0 < len(model[1].running_var) < len(dense[1].running_var)
+        assert torch.isin(model[1].running_var, dense[1].running_var).all() == compensate
+        assert not torch.isin(model[1].running_mean, dense[1].running_mean).any()
+
+
 def test_a_base_without_scores_for_a_group_prunes_nothing(batches: Batches) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 900, 4))
     before = copy.deepcopy(model.state_dict())

@@ -34,6 +34,73 @@ def test_only_statistics_change(batches: Batches) -> None:
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
+def _two_norms() -> nn.Module:
+    """Convolutions of 8 and 6 channels with a BatchNorm behind each that has learned something else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
+    )
+    for norm in (model[1], model[5]):
+        norm.running_mean.normal_()  # type: ignore[operator]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[operator]
+    return nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).train()
+
+
+def test_means_alone_are_those_of_what_each_layer_reads_of_the_layers_before(batches: Batches) -> None:
+    model = _two_norms()
+    before = copy.deepcopy(model.state_dict())
+    with unchanged(model, weights=False):
+        recalibrate(model, batches[:1], variances=False)
+    after = model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        "0.1.running_mean",
+        "0.5.running_mean",
+    }
+    read: list[torch.Tensor] = []
+    norms: Any = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].mean(dim=(0, 2, 3))))
+    model.eval()(batches[0][0])
+    for norm, mean in zip(norms, read, strict=True):
+        torch.testing.assert_close(norm.running_mean, mean)
+
+
+def test_means_of_several_batches_by_hand(batches: Batches) -> None:
+    model: Any = small_cnn()
+    recalibrate(model, batches, variances=False)
+    means = torch.stack([model[0](images).mean(dim=(0, 2, 3)) for images, _ in batches])
+    torch.testing.assert_close(model[1].running_mean, means.mean(dim=0))
+
+
+class _Fragile(nn.Module):
+    """Fails on its second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls = _two_norms(), 0
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("out of memory")
+        return self.body(images)
+
+
+@pytest.mark.parametrize("variances", [True, False])
+def test_where_a_pass_fails_statistics_are_as_they_were(variances: bool, batches: Batches) -> None:
+    model = _Fragile()
+    assert len(batches) > 1
+    with unchanged(model), pytest.raises(RuntimeError, match="out of memory"):
+        recalibrate(model, batches, variances=variances)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_variances_is_a_flag(batches: Batches) -> None:
+    model = small_cnn()
+    with unchanged(model), pytest.raises(InputError, match="variances: expected True or False"):
+        recalibrate(model, batches, variances="no")  # type: ignore[arg-type]
+
+
 def test_a_model_without_batchnorm_is_left_alone() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     assert recalibrate(model, []) is model

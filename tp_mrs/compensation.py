@@ -56,7 +56,8 @@ def compensated_step(
 
         W' ← W' + W B,  bias ← bias + W b,  where ‖x − x' B − b‖² + λ‖B‖² is least
 
-    The same channels go as in `pruner.step()`; nothing is trained. Then `refresh` the model and `recalibrate` it.
+    The same channels go as in `pruner.step()`; nothing is trained. Then `refresh` the model and `recalibrate` it, with
+    `variances=False`.
 
     Args:
         pruner: a `tp.pruner.BasePruner`, or one of its kinds; its model is pruned in place.

@@ -45,7 +45,11 @@ class EpochLog:
 
     def _content(self) -> bytes:
         try:
-            return self.path.read_bytes() if self.path is not None and self.path.exists() else b""
+            if self.path is None or not self.path.exists():
+                return b""
+            if not self.path.is_file():  # a device may have no end
+                raise InputError(f"log: {self.path} is a folder or a device; choose another file")
+            return self.path.read_bytes()
         except OSError as error:
             raise InputError(f"log: cannot read {self.path} ({error.strerror}); choose another file") from error
 

@@ -139,7 +139,7 @@ def mrpf(
     """Module Robust Pruning and Fine-tuning: make `model` smaller, in place, keeping its robustness.
 
     Each round measures the sensitivity of the coupled groups, sets their pruning ratios by it (`allocate`), prunes with
-    Torch-Pruning, has layers make up for what they lose (`compensated_step`), sets BatchNorm's statistics anew
+    Torch-Pruning, has layers make up for what they lose (`compensated_step`), sets BatchNorm's means anew
     (`recalibrate`), and fine-tunes adversarially. The budget falls geometrically over the rounds.
 
     Source: Bai et al., arXiv 2410.15176 (a reconstruction).
@@ -153,7 +153,8 @@ def mrpf(
         rounds: how many times to measure, prune and fine-tune.
         alpha, min_keep, round_to: as for `allocate`.
         base: which channels go within a group, as for `MRSImportance`.
-        compensate: let layers make up for the channels that they lose, as `compensated_step` does.
+        compensate: let layers make up for the channels that they lose, as `compensated_step` does. If not, BatchNorm's
+            variances are set anew, too.
         epsilon, estimator, steps: as for `MRSImportance`.
         calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
         max_batches: of the calibration data, per round.
@@ -245,7 +246,8 @@ def mrpf(
         step = partial(step_with, moments=scores.measurement().moments) if compensate else methodcaller("step")
         prune_by_ratio(model, example_inputs, ratios, scores, step)
         with naming(source):
-            recalibrate(model, images, max_batches=max_batches, seed=seed, progress=progress)
+            anew = not compensate
+            recalibrate(model, images, variances=anew, max_batches=max_batches, seed=seed, progress=progress)
         return {
             "reached": amount(model, example_inputs, budget) / dense,
             "sensitivity": sensitivity.to_dict(),

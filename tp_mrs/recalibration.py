@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch.optim.swa_utils import update_bn
 
 from .batches import checked_batches
 from .borrowing import borrowed, preserved_flags, preserved_rng
-from .errors import InputError, check_seed
+from .errors import InputError, check_flag, check_seed, first_input
 
 
 def recalibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
+    variances: bool = True,
     max_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -30,9 +31,13 @@ def recalibrate(
     learned; accuracy right after pruning can fall to chance for this reason alone. A few hundred images mend it,
     without any training. Clean images serve adversarially trained models as well as attacked ones.
 
+    Layers that made up for what they lost (`compensated_step`) give the best estimate of what they gave before, which
+    varies less. To blow it up to variance 1 again costs robustness: pass `variances=False` then.
+
     Args:
         model: its BatchNorm buffers change, nothing else; a model without BatchNorm is left alone.
         data: iterable of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). Take it from the training split.
+        variances: set them, too; if False, those that were learned stay, and only means are set.
         max_batches: use at most so many batches.
         seed: of dropout, which is active meanwhile.
         progress: show a bar on a terminal.
@@ -41,16 +46,20 @@ def recalibrate(
         The model.
 
     Raises:
-        InputError: `seed` or a batch is unusable; nothing was changed.
+        InputError: an argument or a batch is unusable; nothing was changed.
     """
+    check_flag("variances", variances)
     check_seed(seed)
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not _norms(model):
         return model
     with borrowed(model):
         batches = list(
             checked_batches(model, data, max_batches=max_batches, description="recalibrating", progress=progress)
         )
     with preserved_flags(model), preserved_rng(model, seed), _all_or_nothing(model), torch.no_grad():
+        if not variances:
+            _set_means(model.eval(), batches)
+            return model
         try:
             update_bn(_without_single_images(batches), model)
         except ValueError as error:
@@ -60,6 +69,29 @@ def recalibrate(
                 f"data: BatchNorm has no statistics of a single value ({error}); use larger batches"
             ) from error
     return model
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _set_means(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """To those of what each layer reads when the layers before it subtract the mean of the same batch."""
+    found: dict[Any, list[Tensor]] = {norm: [] for norm in _norms(model) if norm.running_mean is not None}
+
+    def note(norm: Any, arguments: tuple[Any, ...]) -> None:
+        values = first_input(norm, arguments).transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(values.mean(dim=1))
+        found[norm].append(norm.running_mean.clone())
+
+    with ExitStack() as hooks:
+        for norm in found:
+            hooks.enter_context(norm.register_forward_pre_hook(note))
+        for images, _ in batches:
+            model(images)
+    for norm, means in found.items():
+        if means:
+            norm.running_mean.copy_(torch.stack(means).mean(dim=0))
 
 
 def _without_single_images(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -75,7 +107,7 @@ def _without_single_images(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """If the block fails, BatchNorm's buffers and momenta are what they were."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = _norms(model)
     momenta, before = [norm.momentum for norm in norms], copy.deepcopy([dict(norm.named_buffers()) for norm in norms])
     try:
         yield
