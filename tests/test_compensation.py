@@ -117,6 +117,31 @@ def test_convolution_exact_where_channels_depend() -> None:
     torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)  # but for the ridge
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_group_of_a_convolution_makes_up_by_itself(bias: bool) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(8, 6, 5, 5)
+    images[:, 2] += images[:, 0]
+    images[:, 5] -= images[:, 4]
+    layer, norm, lost = nn.Conv2d(6, 4, 3, groups=2, bias=bias), nn.BatchNorm2d(4), torch.tensor([False, False, True])
+    whole: Any = copy.deepcopy(layer)
+    whole.weight = nn.Parameter(layer.weight[:, :2].detach().clone())
+    read = layer.weight[:, 2:].detach()
+    make_up(whole, read, recorded(nn.Sequential(layer), images)["0"], lost, None if bias else norm)
+    for part in (0, 1):
+        rows, channels = slice(2 * part, 2 * part + 2), slice(3 * part, 3 * part + 3)
+        alone: Any = nn.Conv2d(3, 2, 3, bias=bias)
+        alone.weight.data = layer.weight[rows].detach().clone()
+        if layer.bias is not None:
+            alone.bias.data = layer.bias[rows].detach().clone()
+        moments, behind = recorded(nn.Sequential(alone), images[:, channels])["0"], nn.BatchNorm2d(2)
+        alone = without_last(alone, moments, norm=None if bias else behind)
+        torch.testing.assert_close(whole.weight[rows], alone.weight)
+        constants = (whole.bias[rows], alone.bias) if bias else (norm.running_mean[rows], behind.running_mean)  # type: ignore[index]
+        torch.testing.assert_close(*constants)
+        assert not torch.allclose(whole.weight[rows], layer.weight[rows, :2])
+
+
 def test_a_mean_that_dwarfs_the_spread() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(64, 1, generator=generator)
@@ -194,17 +219,39 @@ def resnet_with_twins() -> nn.Module:
     return twins(model, model.layer2[0].conv1, model.layer2[0].bn1)
 
 
+def grouped_with_twins() -> nn.Module:
+    """Of 8 channels 2 is like 0, and 6, in the other group of the second layer, like 4."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[[2, 6]] = parameter[[0, 4]]
+        model[2].weight *= 10
+    return model.eval()
+
+
 @pytest.mark.parametrize(
-    ("make", "root"), [(cnn_with_twins, "0"), (resnet_with_twins, "layer2.0.conv1")], ids=["cnn", "resnet"]
+    ("make", "root", "gone"),
+    [(cnn_with_twins, "0", (2,)), (resnet_with_twins, "layer2.0.conv1", (2,)), (grouped_with_twins, "0", (2, 6))],
+    ids=["cnn", "resnet", "groups"],
 )
-def test_of_two_twins_one_can_go(make: Callable[[], nn.Module], root: str, batches: Batches) -> None:
+def test_of_two_twins_one_can_go(
+    make: Callable[[], nn.Module], root: str, gone: tuple[int, ...], batches: Batches
+) -> None:
     images, outputs = batches[0][0], dict[bool, float]()
     for compensated in (True, False):
         model = make()
         before = model(images)
         layer: Any = model.get_submodule(root)
-        ratios = {layer: 1 / len(layer.weight)}
-        pruner = build_pruner(model, images[:1], Chosen(2), pruning_ratio=0.0, pruning_ratio_dict=ratios)
+        ratios = {layer: len(gone) / len(layer.weight)}
+        pruner = build_pruner(model, images[:1], Chosen(*gone), pruning_ratio=0.0, pruning_ratio_dict=ratios)
         if compensated:
             compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
         else:
@@ -229,7 +276,7 @@ def test_the_same_channels_go(options: dict[str, Any], batches: Batches) -> None
     assert all(torch.equal(one, other) for one, other in zip(*norms, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "mobilevit_xxs", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("architecture", ["resnet18", "regnetx_002", "mobilevit_xxs", "vit_tiny_patch16_224"])
 def test_layers_that_lose_inputs_change_and_no_others(architecture: str) -> None:
     torch.manual_seed(0)
     small: dict[str, Any] = {"vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2}}
@@ -322,7 +369,7 @@ def test_layers_that_read_in_another_way_are_not_recorded() -> None:
     twin = nn.Conv2d(4, 4, 1)
     twin.weight = shared.weight
     model = nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
         ScaledStdConv2d(4, 4, 1),
         nn.ConvTranspose2d(4, 4, 1),
         shared,

@@ -73,9 +73,9 @@ def compensated_step(
 
     Notes:
         λ is chosen for each layer so that each half of the images predicts the other best; where nothing is predicted,
-        layers stay as they are. So do layers with frozen parameters, those with groups, with weights that others share
-        or that are standardised, transposed convolutions, and layers of over 4096 inputs; and no attention logit is
-        made up for. A warning says when nothing could be changed.
+        layers stay as they are. So do layers with frozen parameters, with weights that others share or that are
+        standardised, transposed convolutions, and layers of over 4096 inputs; and no attention logit is made up for. A
+        warning says when nothing could be changed.
 
     Source: least-squares reconstruction after He et al., "Channel Pruning for Accelerating Very Deep Neural Networks",
         arXiv 1707.06168; among channels, as an interpolation, after Chee et al., "Model Preserving Compression for
@@ -124,16 +124,16 @@ def summed(moments: Moments, device: torch.device) -> Moments:
 
 
 def _compensable(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers by name in which each output reads all inputs, with a weight of their own."""
+    """Layers by name whose outputs read several inputs each, with a weight of their own."""
     weights = Counter(id(module._parameters.get("weight")) for module in model.modules())
     for name, module in model.named_modules():
         if (
             isinstance(module, LAYERS)
             and not isinstance(module, _STANDARDISED)
             and not getattr(module, "transposed", False)
-            and getattr(module, "groups", 1) == 1
             and width(module, "in") <= WIDEST
             and isinstance(module._parameters.get("weight"), nn.Parameter)
+            and module.weight.shape[1] > 1
             and weights[id(module.weight)] == 1
         ):
             yield name, module
@@ -179,16 +179,16 @@ class _Dense:
 
     def __init__(self, layer: Any) -> None:
         self.weight: Tensor = layer.weight.detach()
-        self.left = {side: torch.arange(width(layer, side)) for side in ("out", "in")}
+        self.left = {"out": torch.arange(layer.weight.shape[0]), "in": torch.arange(layer.weight.shape[1])}
 
     def lose(self, side: str, gone: set[int]) -> None:
-        """Channels by their place among those that are left."""
+        """Channels by their place among those that are left; every group of a layer loses what its first does."""
         stays = torch.tensor([place not in gone for place in range(len(self.left[side]))])
         self.left[side] = self.left[side][stays]
 
     @property
     def lost(self) -> Tensor:
-        """Which of the inputs have gone."""
+        """Which of the inputs of each group have gone."""
         lost = torch.ones(self.weight.shape[1], dtype=torch.bool)
         lost[self.left["in"]] = False
         return lost
@@ -225,19 +225,38 @@ def make_up(
     Be x those that went, x' the others, and W, W' their weights. Ridge regression finds the x' B + b nearest to x; then
     W B is added to W', and W b to the bias. The ridge is the one of `RIDGES` with which each half of the images
     predicts the other best, as far as W reads it. Where x is x' B + b, and nothing is padded, the layer gives what it
-    gave before.
+    gave before. Each group of a convolution has inputs, outputs, a ridge and a B of its own.
 
     Args:
         layer: linear or convolutional; its weight is W', and is changed in place.
         read: W, (outputs, inputs that went, *kernel).
         moments: of the inputs that it had, see `Moments`.
-        lost: which of these went, (channels,).
+        lost: which of these went, (channels / groups,).
         norm: BatchNorm behind it; its running mean takes W b if the layer has no bias. Without either, b = 0.
     """
     if not moments[:, -1, -1].all():
         return  # too few images to halve
-    read = read.double().cpu()
-    constant = layer.bias is not None or norm is not None
+    constant, groups = layer.bias is not None or norm is not None, getattr(layer, "groups", 1)
+    parts = zip(read.double().cpu().chunk(groups), _blocks(moments, groups), strict=True)
+    additions, shifts = zip(*(_replacement(part, block, lost, constant) for part, block in parts), strict=True)
+    layer.weight += torch.cat(additions).to(layer.weight)
+    shift = torch.cat(shifts)
+    if layer.bias is not None:
+        layer.bias += shift.to(layer.bias)
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean -= shift.to(norm.running_mean)
+
+
+def _blocks(moments: Tensor, count: int) -> Iterator[Tensor]:
+    """Of so many groups of channels, each with the 1 behind."""
+    size = (moments.shape[-1] - 1) // count
+    for start in range(0, count * size, size):
+        places = [*range(start, start + size), -1]
+        yield moments[:, places][:, :, places]
+
+
+def _replacement(read: Tensor, moments: Tensor, lost: Tensor, constant: bool) -> tuple[Tensor, Tensor]:
+    """W B, (outputs, inputs that stay, *kernel), and W b, (outputs,)."""
     demand = torch.einsum("oi...,oj...->ij", read, read)
     halves = [(moments[0], moments[1]), (moments[1], moments[0])]
 
@@ -245,12 +264,8 @@ def make_up(
         return sum(_error(other, lost, _prediction(one, lost, ridge, constant), demand) for one, other in halves)
 
     prediction = _prediction(moments.sum(dim=0), lost, min(RIDGES, key=error), constant)
-    layer.weight += torch.einsum("si,oi...->os...", prediction[:-1], read).to(layer.weight)
-    shift = read.flatten(2).sum(2) @ prediction[-1] if read.dim() > 2 else read @ prediction[-1]
-    if layer.bias is not None:
-        layer.bias += shift.to(layer.bias)
-    elif norm is not None and norm.running_mean is not None:
-        norm.running_mean -= shift.to(norm.running_mean)
+    total = read.flatten(2).sum(2) if read.dim() > 2 else read
+    return torch.einsum("si,oi...->os...", prediction[:-1], read), total @ prediction[-1]
 
 
 def _prediction(moments: Tensor, lost: Tensor, ridge: float, constant: bool) -> Tensor:
