@@ -273,7 +273,7 @@ def half_way(subject: Subject, model: nn.Module) -> nn.Module:
     anew(subject, model)
     for variance, before in zip(variances, learned, strict=True):
         variance.mul_(before).sqrt_()
-    return model
+    return means_only(subject, model)
 
 
 # --- ways of pruning -------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def by_ratio(
     dense: Callable[[Subject], nn.Module] | None = None,
     *,
     compensate: bool = False,
-    settle: Settle = anew,
+    settle: Settle | None = None,
 ) -> Prune:
     """Torch-Pruning's own way: one pruning ratio for the network, here the one that meets the budget.
 
@@ -301,7 +301,7 @@ def by_ratio(
         scope: of `SCOPES`.
         dense: makes another model than the subject's own to start from.
         compensate: whether layers make up for the channels that go, as in ours.
-        settle: what is done about BatchNorm.
+        settle: what is done about BatchNorm; as in ours unless told otherwise, which depends on `compensate`.
     """
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
@@ -327,7 +327,7 @@ def by_ratio(
             if error < TOLERANCE:
                 break
             low, high = (middle, high) if found > budget.target else (low, middle)
-        return settle(subject, nearest)
+        return settled(subject, nearest, compensate, settle)
 
     return prune
 
@@ -343,7 +343,7 @@ def allocated(
     round_to: int | None = None,
     *,
     compensate: bool = False,
-    settle: Settle = anew,
+    settle: Settle | None = None,
 ) -> Prune:
     """Ratios from `allocate`, channels within a group by the importance."""
 
@@ -352,9 +352,14 @@ def allocated(
         wanted: dict[str, Any] = {budget.measure: budget.target}
         ratios = allocate(model, subject.example, scores(subject), alpha=alpha, round_to=round_to, **wanted)
         prune_by_ratio(model, subject.example, ratios, make(subject, model), stepping(subject, compensate))
-        return settle(subject, model)
+        return settled(subject, model, compensate, settle)
 
     return prune
+
+
+def settled(subject: Subject, model: nn.Module, compensated: bool, settle: Settle | None) -> nn.Module:
+    """By default as `mrpf` does it: layers that made up for what they lost keep their variances."""
+    return (settle or (means_only if compensated else anew))(subject, model)
 
 
 def stepping(subject: Subject, compensate: bool) -> Callable[[Any], None]:
@@ -522,10 +527,9 @@ OTHERS: dict[str, Contender] = {
 }
 
 OWN = mrs("sensitivity", alpha=0.0)
-COMPENSATING: dict[str, Any] = {"compensate": True, "settle": means_only}
 OURS: dict[str, Contender] = {
-    "mrpf": Once(allocated(OWN, sensitivity, **COMPENSATING)),
-    "mrpf, MART": Once(allocated(OWN, sensitivity, **COMPENSATING), MART),
+    "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
+    "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),
     "mrpf, 2 rounds": in_rounds(2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
@@ -539,9 +543,9 @@ OURS: dict[str, Contender] = {
 """`mrpf` in one round is taken apart, to be fine-tuned as the others are; `allocate` alone does not compensate."""
 
 COMPENSATED: dict[str, Contender] = {
-    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", **COMPENSATING)),
-    "L2, global, compensated": Once(by_ratio(plain(L2), "global", **COMPENSATING)),
-    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", **COMPENSATING)),
+    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
+    "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
+    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
 }
 """Torch-Pruning's criteria with our compensation: what is left of the lead is the sensitivities' own."""
 
@@ -552,7 +556,7 @@ SETTLED: dict[str, Contender] = {
 """Without compensation, and with what `mrpf` does about BatchNorm, or half of it."""
 
 ABLATIONS: dict[str, Contender] = {
-    "mrpf with new variances": Once(allocated(OWN, sensitivity, compensate=True)),
+    "mrpf with new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
     "without attack: clean sensitivity": Once(allocated(mrs("sensitivity", 0.0, "clean"), clean_sensitivity)),
     "without channels: score of the group": Once(allocated(OWN, whole_group)),
