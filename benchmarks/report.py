@@ -108,10 +108,11 @@ class Comparison:
         return max(others, key=lambda name: self.accuracy(name, point, seeds=seeds), default=None)
 
 
-def right(cell: dict[str, Any], point: str) -> np.ndarray[Any, Any]:
+def right(cell: dict[str, Any], point: str, measure: str = "curve", attack: str = ATTACK) -> np.ndarray[Any, Any]:
     """Of each test image, 1.0 if it was classified correctly under attack, else 0.0."""
-    packed = np.frombuffer(bytes.fromhex(cell["curve"][point]["outcomes"][ATTACK]), dtype=np.uint8)
-    return np.unpackbits(packed, count=cell["settings"]["test_images"]).astype(float)
+    found = cell[measure][point]
+    packed = np.frombuffer(bytes.fromhex(found["outcomes"][attack]), dtype=np.uint8)
+    return np.unpackbits(packed, count=found.get("images", cell["settings"]["test_images"])).astype(float)
 
 
 def bootstrap(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float, float]:
@@ -147,7 +148,8 @@ def comparisons(folder: Path) -> list[Comparison]:
 
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
-    parts = [summary(found), rank_table(found), *map(recovery, found), *map(budget_table, found)]
+    parts = [summary(found), rank_table(found), *map(recovery, found), *map(by_autoattack, found)]
+    parts += map(budget_table, found)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -206,6 +208,32 @@ def recovery(comparison: Comparison) -> str:
         f"Mean over {len(seeds)} seed{'s' if len(seeds) != 1 else ''}."
     )
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
+
+
+def by_autoattack(comparison: Comparison) -> str:
+    """Contenders right after pruning, on the images of which AutoAttack has been tried."""
+    of = {
+        name: {seed: cell for seed, cell in cells.items() if "0" in cell.get("autoattack", {})}
+        for name, cells in comparison.cells.items()
+    }
+    seeds = sorted(of.get(MAIN, {}))
+    names = [name for name in comparison.names if seeds and set(seeds) <= set(of[name])]
+    if len(names) < 2:
+        return ""
+    rows = []
+    for name in names:
+        found = [of[name][seed]["autoattack"]["0"] for seed in seeds]
+        row = [f"**{name}**" if name in OURS else name]
+        row += [f"{100 * statistics.mean(each[column] for each in found):.1f}" for column in COLUMNS]
+        pairs = [[right(of[each][seed], "0", "autoattack", "autoattack") for seed in seeds] for each in (MAIN, name)]
+        lead = bootstrap([one - other for one, other in zip(*pairs, strict=True)])
+        rows.append([*row, lead_text(lead) if name != MAIN else ""])
+    images = of[MAIN][seeds[0]]["autoattack"]["0"]["images"]
+    title = (
+        f"**AutoAttack**, {comparison.key.subject}, {comparison.key}, right after pruning: {images} test images, "
+        f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}."
+    )
+    return f"{title}\n\n{markdown(['', *COLUMNS.values(), f'{MAIN} less this, AutoAttack'], rows)}"
 
 
 def crossing(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:

@@ -41,6 +41,7 @@ from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
+WITH_AUTOATTACK = ("pgd-20", "autoattack")
 
 Prune = Callable[[float], nn.Module]  # to so many epochs of fine-tuning
 Assess = Callable[[nn.Module], dict[str, Any]]
@@ -197,11 +198,12 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
 
 
 def assess(model: nn.Module, subject: Subject, test_images: int, attacks: Sequence[str]) -> dict[str, Any]:
-    """Accuracies, and whether each test image was right."""
+    """Accuracies on so many test images, and whether each of them was right."""
     test = make_loader(random_subset(subject.data.test, test_images, seed=0), batch_size=250)
     model = model.to(memory_format=torch.channels_last)
     found = evaluate(model, test, attacks, eps=subject.eps, latency=False, progress=False)
-    return {"clean": found.clean, **found.robust, "outcomes": found.outcomes, "warnings": found.warnings}
+    accuracies = {"clean": found.clean, **found.robust}
+    return {"images": found.images, **accuracies, "outcomes": found.outcomes, "warnings": found.warnings}
 
 
 def sizes(model: nn.Module, subject: Subject) -> dict[str, Any]:
@@ -222,6 +224,7 @@ def do(
     finetuned: Container[str] | None = None,
     test_images: int = 500,
     attacks: Sequence[str] = ("pgd-20",),
+    autoattack: int = 0,
 ) -> None:
     """All missing cells of one budget and seed, and the missing points of their curves.
 
@@ -234,6 +237,7 @@ def do(
         finetuned: names of contenders to fine-tune; all if None.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
+        autoattack: evaluate by AutoAttack, too, on so many test images; a hundred take minutes on a CPU.
 
     Raises:
         InputError: a cell there was made with other settings, or from another dense network: one that is trained on
@@ -242,25 +246,28 @@ def do(
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
     settings = {**settings_of(work, test_images), "dense": checksum(tensors_of(subject.model))}
-    assessed = partial(assess, subject=subject, test_images=test_images, attacks=attacks)
+    measures: dict[str, Assess] = {"curve": partial(assess, subject=subject, test_images=test_images, attacks=attacks)}
+    if autoattack:
+        measures["autoattack"] = partial(assess, subject=subject, test_images=autoattack, attacks=WITH_AUTOATTACK)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
-        dense.add(**assessed(subject.model), **sizes(subject.model, subject))
+        dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject))
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
             if point and finetuned is not None and name not in finetuned:
                 continue
-            if f"{point:g}" not in cell.content.get("curve", {}) and "failed" not in cell.content:
-                start = time.perf_counter()
-                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), assessed)
-                seconds = time.perf_counter() - start
-                budget = f"{work.budget.measure} {work.budget.target:.0%}"
-                where = f"{work.data}/{work.network} {budget} seed {work.seed}"
-                print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+            for measure, assessed in measures.items():
+                if f"{point:g}" not in cell.content.get(measure, {}) and "failed" not in cell.content:
+                    start = time.perf_counter()
+                    shown = fill_in(cell, measure, point, subject, partial(contender, subject, work.budget), assessed)
+                    seconds = time.perf_counter() - start
+                    budget = f"{work.budget.measure} {work.budget.target:.0%}"
+                    where = f"{work.data}/{work.network} {budget} seed {work.seed}"
+                    print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, assessed: Assess) -> str:
+def fill_in(cell: Cell, measure: str, point: float, subject: Subject, prune: Prune, assessed: Assess) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
         model = prune(point)
@@ -268,7 +275,7 @@ def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, assessed: 
         cell.add(failed=str(error))
         return str(error)
     found = assessed(model)
-    cell.add(**sizes(model, subject), curve={**cell.content.get("curve", {}), f"{point:g}": found})
+    cell.add(**sizes(model, subject), **{measure: {**cell.content.get(measure, {}), f"{point:g}": found}})
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items() if isinstance(value, float))
 
 
@@ -287,7 +294,9 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
     return found
 
 
-def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
+def _do_named(
+    work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None, autoattack: int
+) -> None:
     """`do` in another process, which names reach, and functions don't."""
     contenders = {name: CONTENDERS[name] for name in tier.contenders}
     do(
@@ -299,6 +308,7 @@ def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, dat
         finetuned=tier.finetuned,
         test_images=tier.test_images,
         attacks=tier.attacks,
+        autoattack=autoattack,
     )
 
 
@@ -326,6 +336,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
     parser.add_argument("--epochs", type=float, nargs="+", help="only these of the tier")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
+    parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     tier = TIERS[arguments.tier]
     tier = replace(tier, seeds=arguments.seeds or tier.seeds)
@@ -345,7 +356,8 @@ def main() -> None:
         parser.error(f"nothing of this tier is left to run; it has {grid}, and all but digits need --data-dir")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
-        tasks = [pool.submit(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
+        to_all = (tier, arguments.out, arguments.data_dir, arguments.autoattack)
+        tasks = [pool.submit(_do_named, one, epochs, *to_all) for one, epochs in work]
         for task in as_completed(tasks):
             task.result()
 

@@ -217,6 +217,23 @@ def test_a_contender_of_your_own_stands_in_the_tables(cells: Path) -> None:
     assert report.tables([comparison]).count("\n| mine |") == 2  # its rank, and all about it
 
 
+def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
+    before = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)
+    run.do(WORK, (0,), FEW, cells, test_images=20, autoattack=6)
+    (comparison,) = report.comparisons(cells)
+    after = comparison.cells[MAIN][0]
+    assert {name: after[name] for name in before} == before
+    found = after["autoattack"]["0"]
+    assert found["images"] == 6
+    assert found["autoattack"] <= found["pgd-20"] <= found["clean"]
+    assert found["autoattack"] == report.right(after, "0", "autoattack", "autoattack").mean()
+    table = report.by_autoattack(comparison)
+    assert "right after pruning: 6 test images, 1 seed." in table
+    other = comparison.cells["L2, uniform"][0]["autoattack"]["0"]
+    shown = " | ".join(f"{100 * other[column]:.1f}" for column in report.COLUMNS)
+    assert f"| L2, uniform | {shown} | {100 * (found['autoattack'] - other['autoattack']):+.1f} (" in table
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
