@@ -266,14 +266,24 @@ def means_only(subject: Subject, model: nn.Module) -> nn.Module:
     return recalibrate(model, subject.calibration, variances=False, progress=False)
 
 
+@torch.no_grad()
 def half_way(subject: Subject, model: nn.Module) -> nn.Module:
-    """Variances are the geometric mean of the two."""
-    variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
-    learned = [variance.clone() for variance in variances]
-    anew(subject, model)
-    for variance, before in zip(variances, learned, strict=True):
-        variance.mul_(before).sqrt_()
-    return means_only(subject, model)
+    """Means of the calibration images, and the geometric mean of their variances and the learned ones.
+
+    Of what each layer reads when those before it are set already.
+    """
+
+    def settle(norm: Any, arguments: tuple[Tensor, ...]) -> None:
+        values = arguments[0].transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(values.mean(dim=1))
+        norm.running_var.mul_(values.var(dim=1)).sqrt_()
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
+    model.eval()(torch.cat([images for images, _ in subject.calibration]))
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
 # --- ways of pruning -------------------------------------------------------------------------------------------------
