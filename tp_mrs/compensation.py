@@ -167,7 +167,10 @@ def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
     for layer, dense in losers.items():
         make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))
     if not losers:
-        logger.warning("no layer made up for channels: none that can be changed has lost any (frozen layers stay)")
+        logger.warning(
+            "no layer made up for channels: none that can be changed has lost any (frozen layers stay); let BatchNorm "
+            "have new variances, by compensate=False, or recalibrate(..., variances=True)"
+        )
 
 
 def _is_frozen(module: nn.Module) -> bool:
