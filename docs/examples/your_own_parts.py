@@ -144,8 +144,8 @@ print(pruned)
 # ## Is the criterion any good?
 #
 # One run says little. The harness prunes the same adversarially trained networks by each *contender* to the same
-# measured budget, recalibrates and fine-tunes them alike, and evaluates them on the same images. Here are two of its
-# own beside two with the new criterion: with one ratio for all groups (`by_ratio`), and with ratios by sensitivity
+# measured budget, sets BatchNorm's statistics, fine-tunes all alike, and evaluates on the same images. Here are two of
+# its own beside two with the new criterion: with one ratio for all groups (`by_ratio`), and with ratios by sensitivity
 # (`allocated`), where layers make up for the channels that they lose, as in `mrpf`.
 
 # %%
