@@ -327,6 +327,38 @@ def test_what_is_frozen_takes_no_constant(bias: bool, frozen: str, batches: Batc
     assert all(torch.equal(model.state_dict()[name], constant) for name, constant in constants.items())
 
 
+def test_what_is_frozen_stays_so_step_after_step(batches: Batches) -> None:
+    """The classifier alone may change; Torch-Pruning thaws what it prunes."""
+    model: Any = small_resnet()
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_()
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5, iterative_steps=2)
+    for _ in range(2):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("fc")}
+        compensated_step(pruner, batches, torchattacks.VANILA, progress=False)
+        assert all(torch.isin(model.state_dict()[name], tensor).all() for name, tensor in before.items())
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {"fc.weight", "fc.bias"}
+    assert model.fc.weight.shape[1] < 20
+
+
+def test_batches_of_one_row_are_halved_too(batches: Batches) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    images = torch.rand(6, 3, 2, 2)
+    with torch.no_grad(), recording(model.eval()) as found:
+        for image in images:
+            model(image[None])
+    torch.testing.assert_close(found["1"], torch.stack([_of(images[0::2]), _of(images[1::2])]))
+
+
+def _of(images: Tensor) -> Tensor:
+    rows = torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double()
+    return rows.T @ rows
+
+
 def test_nothing_to_change_is_told(batches: Batches, caplog: pytest.LogCaptureFixture) -> None:
     model = small_cnn().requires_grad_(False)
     pruner = build_pruner(model, batches[0][0][:1], pruning_ratio=0.5)

@@ -137,7 +137,7 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 0.5, "train_attack": "pdg"}, "train_attack: no torchattacks attack is called 'pdg'"),
         ({"macs": 0.5, "checkpoint": 3}, "checkpoint: expected a path"),
         ({"macs": 0.5, "log": 3}, "log: expected a path"),
-        ({"macs": 0.5, "log": "/"}, "log: cannot read /"),
+        ({"macs": 0.5, "log": "/"}, "log: / is a folder"),
         ({"macs": 0.5, "attacks": ["pdg"], "test_data": []}, "attacks: no torchattacks attack is called 'pdg'"),
         ({"macs": 0.5, "test_data": [], "attacks": []}, "test_data: it yielded no batch"),
         ({"macs": 0.5, "test_data": iter([]), "attacks": []}, "test_data: expected .* that can be read again"),

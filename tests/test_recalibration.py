@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.conftest import Batches, small_cnn, unchanged
-from tp_mrs import InputError, recalibrate
+from tp_mrs import DivergenceError, InputError, recalibrate
 
 
 def test_statistics_by_hand(batches: Batches) -> None:
@@ -93,6 +93,30 @@ def test_where_a_pass_fails_statistics_are_as_they_were(variances: bool, batches
     with unchanged(model), pytest.raises(RuntimeError, match="out of memory"):
         recalibrate(model, batches, variances=variances)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("variances", [True, False])
+@pytest.mark.parametrize("value", [float("inf"), 1e38])
+def test_what_is_not_finite_is_no_statistic(variances: bool, value: float, batches: Batches) -> None:
+    model = _two_norms()
+    model.get_parameter("0.4.weight").data.fill_(value)
+    with unchanged(model), pytest.raises(DivergenceError, match="what BatchNorm reads is not finite: 0"):
+        recalibrate(model, batches, variances=variances)
+
+
+@pytest.mark.parametrize("variances", [True, False])
+def test_buffers_of_others_stay(variances: bool, batches: Batches) -> None:
+    class Counting(nn.Sequential):
+        calls: torch.Tensor
+
+        def forward(self, images: torch.Tensor) -> Any:
+            self.calls += 1
+            return super().forward(images)
+
+    model = Counting(_two_norms())
+    model.register_buffer("calls", torch.tensor(3))
+    recalibrate(model, batches, variances=variances)
+    assert model.calls == 3
 
 
 def test_variances_is_a_flag(batches: Batches) -> None:

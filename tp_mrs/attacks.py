@@ -341,6 +341,8 @@ def parse_eps(text: str | float) -> float:
         InputError: it is no number, or lies outside [0, 1].
     """
     try:
+        if isinstance(text, bool):
+            raise TypeError
         value = float(Fraction(text)) if isinstance(text, str) else float(text)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise InputError(f"eps: expected a number or a fraction such as 8/255, got {text!r}") from None

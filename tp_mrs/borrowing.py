@@ -79,6 +79,18 @@ def thawed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def still_frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters that don't require a gradient are so afterwards, though pruning makes new ones of them."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+
+@contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Keep the values of all buffers, such as BatchNorm's running statistics."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .architectures import LAYERS, refresh
 from .attacks import AttackLike, attacked_batches
-from .borrowing import borrowed
+from .borrowing import borrowed, still_frozen
 from .errors import DivergenceError, InputError, check_seed, device_of, first_input
 from .numerics import culprit
 from .processes import add_up, failing_together, place
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Moments: TypeAlias = dict[str, Tensor]
 """Name of a layer → (2, channels + 1, channels + 1), float64: Σ x xᵀ over its inputs x with a 1 behind them.
 
-Of the first half of each batch, and of the second; x runs over all images and positions.
+Of one half of each batch, and of the other; x runs over all images and positions.
 """
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
@@ -56,8 +56,8 @@ def compensated_step(
 
         W' ← W' + W B,  bias ← bias + W b,  where ‖x − x' B − b‖² + λ‖B‖² is least
 
-    The same channels go as in `pruner.step()`; nothing is trained. Then `refresh` the model and `recalibrate` it, with
-    `variances=False`.
+    The same channels go as in `pruner.step()`; nothing is trained, and what is frozen stays so. Then `refresh` the
+    model and `recalibrate` it, with `variances=False`.
 
     Args:
         pruner: a `tp.pruner.BasePruner`, or one of its kinds; its model is pruned in place.
@@ -108,7 +108,10 @@ def recording(model: nn.Module) -> Iterator[Moments]:
     def note(name: str, arguments: tuple[Any, ...]) -> None:
         rows = _rows(layers[name], first_input(layers[name], arguments).detach())
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        found[name] += torch.stack([half.T @ half for half in rows.tensor_split(2)]).cpu()
+        halves, (first, second) = rows.tensor_split(2), found[name][:, -1, -1]
+        if first > second:  # of batches of an odd number, the longer half goes to one and the other
+            halves = halves[::-1]
+        found[name] += torch.stack([half.T @ half for half in halves]).cpu()
 
     layers = dict(_compensable(model))
     with ExitStack() as hooks:
@@ -158,11 +161,12 @@ def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
     model = pruner.model
     layers = {layer: _Dense(layer) for name, layer in _compensable(model) if name in moments and not _is_frozen(layer)}
     names = {module: name for name, module in model.named_modules()}
-    for group in pruner.step(interactive=True):
-        for (layer, side), gone in _removed(pruner.DG, group).items():
-            if layer in layers:
-                layers[layer].lose(side, gone)
-        group.prune()
+    with still_frozen(model):
+        for group in pruner.step(interactive=True):
+            for (layer, side), gone in _removed(pruner.DG, group).items():
+                if layer in layers:
+                    layers[layer].lose(side, gone)
+            group.prune()
     losers = {layer: dense for layer, dense in layers.items() if dense.lost.any()}
     for layer, dense in losers.items():
         make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))

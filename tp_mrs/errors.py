@@ -83,6 +83,8 @@ def check_choice(name: str, value: object, choices: object) -> None:
 def check_path(name: str, value: str | Path) -> Path:
     """Return `value` as a path, `~` expanded; raise `InputError` if it is none."""
     try:
+        if "\0" in str(value):
+            raise TypeError("a path holds no null character")
         return Path(value).expanduser()
     except (TypeError, RuntimeError) as error:  # no text; no such user
         raise InputError(f"{name}: expected a path, as text or pathlib.Path, got {value!r}") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attacks import AttackLike, Perturb, bind, build, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
-from .errors import DivergenceError, InputError, check_choice, check_seed, device_of, naming
+from .errors import DivergenceError, InputError, check_choice, check_flag, check_seed, device_of, naming
 from .masking import Sample, contradictions, failures
 from .numerics import culprit
 from .processes import failing_together, gather, place
@@ -208,6 +208,8 @@ def evaluate(
         same `data`, in the same order.
     """
     eps = parse_eps(eps)
+    check_flag("masking", masking)
+    check_flag("latency", latency)
     check_seed(seed)
     _check_attacks(attacks, model, eps)
     number, processes = place()

@@ -25,6 +25,7 @@ from .errors import (
     InputError,
     check_choice,
     check_count,
+    check_flag,
     check_full_precision,
     check_number,
     check_path,
@@ -388,6 +389,7 @@ def check_options(
     check_count("checkpoint_every", checkpoint_every)
     check_choice("schedule", schedule, ("cosine", "constant"))
     check_precision(precision)
+    check_flag("channels_last", channels_last)
     check_choice("optimizer", optimizer, [name for name in list_optimizers() if name not in _SECOND_ORDER])
     check_seed(seed)
 

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .architectures import LAYERS, NumHeads, fixed_layers, module_pruners, refresh
-from .borrowing import borrowed
+from .borrowing import borrowed, still_frozen
 from .errors import InputError, check_example_inputs, device_of
 from .tracing import node_pruners, reasons_to_keep, trace
 
@@ -211,7 +211,6 @@ def prune_by_ratio(
     Raises:
         InputError: the importance has no scores for a group that is to be pruned; nothing was changed.
     """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     importance = importance if importance is not None else tp.importance.MagnitudeImportance()
 
     def scored(group: Any) -> Tensor | None:
@@ -228,9 +227,9 @@ def prune_by_ratio(
         return None
 
     pruner = build_pruner(model, example_inputs, scored, pruning_ratio=0.0, pruning_ratio_dict=dict(ratios))
-    step(pruner)
-    for name, parameter in refresh(model).named_parameters():
-        parameter.requires_grad_(name not in frozen)  # what is pruned is a new parameter
+    with still_frozen(model):
+        step(pruner)
+    refresh(model)
 
 
 def count(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .batches import checked_batches
-from .borrowing import borrowed, preserved_flags, preserved_rng
-from .errors import InputError, check_flag, check_seed, first_input
+from .borrowing import borrowed, preserved_buffers, preserved_flags, preserved_rng
+from .errors import DivergenceError, InputError, check_flag, check_seed, first_input
+from .numerics import culprit
 
 
 def recalibrate(
@@ -39,7 +39,7 @@ def recalibrate(
         data: iterable of `(images, labels)`: (N, C, H, W) in [0, 1] and (N,). Take it from the training split.
         variances: set them, too; if False, those that were learned stay, and only means are set.
         max_batches: use at most so many batches.
-        seed: of dropout, which is active meanwhile.
+        seed: of dropout, which is active where variances are set.
         progress: show a bar on a terminal.
 
     Returns:
@@ -47,6 +47,7 @@ def recalibrate(
 
     Raises:
         InputError: an argument or a batch is unusable; nothing was changed.
+        DivergenceError: what BatchNorm reads is not finite; nothing was changed.
     """
     check_flag("variances", variances)
     check_seed(seed)
@@ -56,18 +57,15 @@ def recalibrate(
         batches = list(
             checked_batches(model, data, max_batches=max_batches, description="recalibrating", progress=progress)
         )
-    with preserved_flags(model), preserved_rng(model, seed), _all_or_nothing(model), torch.no_grad():
-        if not variances:
-            _set_means(model.eval(), batches)
-            return model
-        try:
-            update_bn(_without_single_images(batches), model)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                f"data: BatchNorm has no statistics of a single value ({error}); use larger batches"
-            ) from error
+    with preserved_flags(model), preserved_rng(model, seed), preserved_buffers(model), torch.no_grad():
+        (_set_all if variances else _set_means)(model, batches)
+        found = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in _norms(model)}
+        if not all(buffer.isfinite().all() for buffers in found.values() for buffer in buffers):
+            where = next(filter(None, (culprit(model.eval(), images) for images, _ in batches)), "")
+            raise DivergenceError(f"what BatchNorm reads is not finite{where}")
+    for norm, buffers in found.items():
+        for buffer, value in zip(norm.buffers(), buffers, strict=True):
+            buffer.copy_(value)
     return model
 
 
@@ -75,8 +73,25 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+def _set_all(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Means and variances, to those of what each layer reads in training."""
+    momenta = {norm: norm.momentum for norm in _norms(model)}
+    try:
+        update_bn(_without_single_images(batches), model)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"data: BatchNorm has no statistics of a single value ({error}); use larger batches"
+        ) from error
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+
 def _set_means(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """To those of what each layer reads when the layers before it subtract the mean of the same batch."""
+    """Means, to those of what each layer reads when the layers before it subtract the mean of the same batch."""
+    model.eval()
     found: dict[Any, list[Tensor]] = {norm: [] for norm in _norms(model) if norm.running_mean is not None}
 
     def note(norm: Any, arguments: tuple[Any, ...]) -> None:
@@ -102,18 +117,3 @@ def _without_single_images(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]
             images = torch.cat([found.pop(), images])
         found.append(images)
     return found
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If the block fails, BatchNorm's buffers and momenta are what they were."""
-    norms = _norms(model)
-    momenta, before = [norm.momentum for norm in norms], copy.deepcopy([dict(norm.named_buffers()) for norm in norms])
-    try:
-        yield
-    except BaseException:
-        for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
-            norm.momentum = momentum
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(buffers[name])
-        raise
