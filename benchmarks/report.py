@@ -98,9 +98,9 @@ class Comparison:
         ours, theirs = ([right(self.cells[name][seed], point) for seed in seeds] for name in (of, contender))
         return bootstrap([one - other for one, other in zip(ours, theirs, strict=True)])
 
-    def dense_accuracy(self, seeds: Iterable[int]) -> float:
-        """Robust accuracy of the dense networks, mean in %."""
-        return 100 * statistics.mean(self.dense[seed][ATTACK] for seed in seeds)
+    def dense_accuracy(self, seeds: Iterable[int], attack: str = ATTACK) -> float:
+        """Accuracy of the dense networks, mean in %."""
+        return 100 * statistics.mean(self.dense[seed][attack] for seed in seeds)
 
     def best_other(self, point: str, of: str = MAIN) -> str | None:
         """Of Torch-Pruning's, by the mean over the same seeds and images, which favours it."""
@@ -161,18 +161,30 @@ def summary(found: Iterable[Comparison]) -> str:
             best = comparison.best_other(point, ours)
             if best is not None and (float(point) or ours == MAIN):  # before fine-tuning they are the same
                 seeds = comparison.seeds(ours, point)
+                accuracies = [
+                    " / ".join(f"{comparison.accuracy(name, point, of, seeds):.1f}" for of in (ATTACK, "clean"))
+                    for name in (ours, best)
+                ]
                 rows.append(
                     [
                         f"{comparison.key.subject}, {comparison.key}",
                         epochs_text(point),
                         str(len(seeds)),
-                        f"{comparison.dense_accuracy(seeds):.1f}",
-                        f"{comparison.accuracy(ours, point):.1f} ({ours})",
-                        f"{comparison.accuracy(best, point, seeds=seeds):.1f} ({best})",
+                        " / ".join(f"{comparison.dense_accuracy(seeds, of):.1f}" for of in (ATTACK, "clean")),
+                        f"{accuracies[0]} ({ours})",
+                        f"{accuracies[1]} ({best})",
                         lead_text(comparison.lead(best, point, ours)),
                     ]
                 )
-    header = ["network, budget", "fine-tuning", "seeds", "dense", "ours", "best other", "difference"]
+    header = [
+        "network, budget",
+        "fine-tuning",
+        "seeds",
+        "dense: PGD-20 / clean",
+        "ours",
+        "best other",
+        "PGD-20, difference",
+    ]
     return markdown(header, rows) if rows else ""
 
 
