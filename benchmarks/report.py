@@ -11,7 +11,7 @@ import io
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,10 +92,10 @@ class Comparison:
     def size(self, contender: str, measure: str) -> float:
         return 100 * statistics.mean(cell[measure] for cell in self.cells[contender].values() if measure in cell)
 
-    def lead(self, contender: str, point: str, of: str = MAIN) -> tuple[float, float, float]:
+    def lead(self, contender: str, point: str, of: str = MAIN, attack: str = ATTACK) -> tuple[float, float, float]:
         """The robust accuracy of one less the contender's, in points, and its 95% interval; on the former's seeds."""
         seeds = self.seeds(of, point)
-        ours, theirs = ([right(self.cells[name][seed], point) for seed in seeds] for name in (of, contender))
+        ours, theirs = ([right(self.cells[name][seed], point, attack) for seed in seeds] for name in (of, contender))
         return bootstrap([one - other for one, other in zip(ours, theirs, strict=True)])
 
     def dense_accuracy(self, seeds: Iterable[int], attack: str = ATTACK) -> float:
@@ -108,9 +108,9 @@ class Comparison:
         return max(others, key=lambda name: self.accuracy(name, point, seeds=seeds), default=None)
 
 
-def right(cell: dict[str, Any], point: str, measure: str = "curve", attack: str = ATTACK) -> np.ndarray[Any, Any]:
+def right(cell: dict[str, Any], point: str, attack: str = ATTACK) -> np.ndarray[Any, Any]:
     """Of each test image, 1.0 if it was classified correctly under attack, else 0.0."""
-    found = cell[measure][point]
+    found = cell["curve"][point]
     packed = np.frombuffer(bytes.fromhex(found["outcomes"][attack]), dtype=np.uint8)
     return np.unpackbits(packed, count=found.get("images", cell["settings"]["test_images"])).astype(float)
 
@@ -224,23 +224,20 @@ def recovery(comparison: Comparison) -> str:
 
 def by_autoattack(comparison: Comparison) -> str:
     """Contenders right after pruning, on the images of which AutoAttack has been tried."""
-    of = {
-        name: {seed: cell for seed, cell in cells.items() if "0" in cell.get("autoattack", {})}
+    tried = {
+        name: {seed: {**cell, "curve": cell.get("autoattack", {})} for seed, cell in cells.items()}
         for name, cells in comparison.cells.items()
     }
-    seeds = sorted(of.get(MAIN, {}))
-    names = [name for name in comparison.names if seeds and set(seeds) <= set(of[name])]
+    found = replace(comparison, cells=tried)
+    names, seeds = found.common("0"), found.seeds(MAIN, "0")
     if len(names) < 2:
         return ""
     rows = []
     for name in names:
-        found = [of[name][seed]["autoattack"]["0"] for seed in seeds]
         row = [f"**{name}**" if name in OURS else name]
-        row += [f"{100 * statistics.mean(each[column] for each in found):.1f}" for column in COLUMNS]
-        pairs = [[right(of[each][seed], "0", "autoattack", "autoattack") for seed in seeds] for each in (MAIN, name)]
-        lead = bootstrap([one - other for one, other in zip(*pairs, strict=True)])
-        rows.append([*row, lead_text(lead) if name != MAIN else ""])
-    images = of[MAIN][seeds[0]]["autoattack"]["0"]["images"]
+        row += [f"{found.accuracy(name, '0', column, seeds):.1f}" for column in COLUMNS]
+        rows.append([*row, lead_text(found.lead(name, "0", attack="autoattack")) if name != MAIN else ""])
+    images = tried[MAIN][seeds[0]]["curve"]["0"]["images"]
     title = (
         f"**AutoAttack**, {comparison.key.subject}, {comparison.key}, right after pruning: {images} test images, "
         f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}."

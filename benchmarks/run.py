@@ -65,6 +65,7 @@ class Tier:
         contenders: by name.
         finetuned: those of them that are fine-tuned.
         attacks: to evaluate with.
+        autoattack: on how many test images to try that, too.
     """
 
     grid: Mapping[tuple[str, str], Mapping[Budget, Sequence[float]]]
@@ -73,6 +74,7 @@ class Tier:
     finetuned: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
     test_images: int = 500
     attacks: Sequence[str] = ("pgd-20",)
+    autoattack: int = 0
 
     def work(self) -> Iterator[tuple[Work, Sequence[float]]]:
         for seed in self.seeds:
@@ -257,26 +259,29 @@ def do(
         for point in epochs:
             if point and finetuned is not None and name not in finetuned:
                 continue
-            for measure, assessed in measures.items():
-                if f"{point:g}" not in cell.content.get(measure, {}) and "failed" not in cell.content:
-                    start = time.perf_counter()
-                    shown = fill_in(cell, measure, point, subject, partial(contender, subject, work.budget), assessed)
-                    seconds = time.perf_counter() - start
-                    budget = f"{work.budget.measure} {work.budget.target:.0%}"
-                    where = f"{work.data}/{work.network} {budget} seed {work.seed}"
-                    print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+            missing = {key: of for key, of in measures.items() if f"{point:g}" not in cell.content.get(key, {})}
+            if missing and "failed" not in cell.content:
+                start = time.perf_counter()
+                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), missing)
+                seconds = time.perf_counter() - start
+                budget = f"{work.budget.measure} {work.budget.target:.0%}"
+                where = f"{work.data}/{work.network} {budget} seed {work.seed}"
+                print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, measure: str, point: float, subject: Subject, prune: Prune, assessed: Assess) -> str:
+def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, measures: Mapping[str, Assess]) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
         model = prune(point)
     except (InputError, DivergenceError) as error:
         cell.add(failed=str(error))
         return str(error)
-    found = assessed(model)
-    cell.add(**sizes(model, subject), **{measure: {**cell.content.get(measure, {}), f"{point:g}": found}})
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items() if isinstance(value, float))
+    shown = []
+    for name, assessed in measures.items():
+        found = assessed(model)
+        cell.add(**sizes(model, subject), **{name: {**cell.content.get(name, {}), f"{point:g}": found}})
+        shown += [f"{attack} {100 * value:.1f}" for attack, value in found.items() if isinstance(value, float)]
+    return ", ".join(shown)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -294,9 +299,7 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
     return found
 
 
-def _do_named(
-    work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None, autoattack: int
-) -> None:
+def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
     """`do` in another process, which names reach, and functions don't."""
     contenders = {name: CONTENDERS[name] for name in tier.contenders}
     do(
@@ -308,7 +311,7 @@ def _do_named(
         finetuned=tier.finetuned,
         test_images=tier.test_images,
         attacks=tier.attacks,
-        autoattack=autoattack,
+        autoattack=tier.autoattack,
     )
 
 
@@ -339,7 +342,7 @@ def main() -> None:
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     tier = TIERS[arguments.tier]
-    tier = replace(tier, seeds=arguments.seeds or tier.seeds)
+    tier = replace(tier, seeds=arguments.seeds or tier.seeds, autoattack=arguments.autoattack)
     if arguments.contenders:
         tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
     wanted = [name for name in tier.grid if not arguments.networks or "/".join(name) in arguments.networks]
@@ -356,8 +359,7 @@ def main() -> None:
         parser.error(f"nothing of this tier is left to run; it has {grid}, and all but digits need --data-dir")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
-        to_all = (tier, arguments.out, arguments.data_dir, arguments.autoattack)
-        tasks = [pool.submit(_do_named, one, epochs, *to_all) for one, epochs in work]
+        tasks = [pool.submit(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
         for task in as_completed(tasks):
             task.result()
 

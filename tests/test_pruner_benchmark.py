@@ -226,7 +226,7 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     found = after["autoattack"]["0"]
     assert found["images"] == 6
     assert found["autoattack"] <= found["pgd-20"] <= found["clean"]
-    assert found["autoattack"] == report.right(after, "0", "autoattack", "autoattack").mean()
+    assert found["autoattack"] == report.right({**after, "curve": after["autoattack"]}, "0", "autoattack").mean()
     table = report.by_autoattack(comparison)
     assert "right after pruning: 6 test images, 1 seed." in table
     other = comparison.cells["L2, uniform"][0]["autoattack"]["0"]
