@@ -76,6 +76,7 @@ def test_the_page_is_complete_and_escapes_names(report: Report) -> None:
     ):
         assert text in found.text
     assert "What these gave, layers get from the others" in found.text
+    assert "and the variances that it learned" in found.text
     assert "Too few images to say how stable this is" in found.text
     assert page.count("<figure>") == page.count("<svg") == 4
     assert "torch-pruning" in found.text
@@ -83,7 +84,9 @@ def test_the_page_is_complete_and_escapes_names(report: Report) -> None:
 
 def test_without_compensation(report: Report) -> None:
     plain = replace(report, settings={**report.settings, "compensate": False})
-    assert "What these gave" not in report_page(plain, model="m", data="d", run={})
+    page = report_page(plain, model="m", data="d", run={})
+    assert "What these gave" not in page
+    assert "BatchNorm has new means and variances" in page
 
 
 def test_warnings_and_no_evaluation(report: Report) -> None:

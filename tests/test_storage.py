@@ -252,6 +252,12 @@ def test_names_like_a_blank_checksum(tmp_path: Path) -> None:
     assert load(path).class_names == names
 
 
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = create_model("resnet10t", num_classes=3)
+    files = [save(model, tmp_path / f"{number}.safetensors", class_names=["é", "\u2028", '"']) for number in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_the_metadata_says_what_it_is(tmp_path: Path) -> None:
     model, _ = pruned("mobilevit_xxs")
     metadata, tensors = read(save(model, tmp_path / "m.safetensors"))

@@ -82,15 +82,17 @@ def report_page(
 def what_was_done(report: Report) -> list[str]:
     """A few sentences."""
     settings, first = report.settings, report.rounds[0]
-    made_up = (
-        "What these gave, layers get from the others, as far as it can be predicted. " if settings["compensate"] else ""
+    mended = (
+        "What these gave, layers get from the others, as far as it can be predicted; BatchNorm has new means, and the "
+        "variances that it learned."
+        if settings["compensate"]
+        else "BatchNorm has new means and variances."
     )
     count = "one round" if len(report.rounds) == 1 else f"{len(report.rounds)} rounds"
     done = [
         f"Pruned in {count}: the sensitivity of each group of coupled layers was measured with "
         f"{in_short(settings['attack'])} on {first.sensitivity.images} training images, and each group lost channels "
-        f"accordingly, the least important ones by the criterion {settings['base']}. {made_up}Then BatchNorm's "
-        "statistics were set anew."
+        f"accordingly, the least important ones by the criterion {settings['base']}. {mended}"
     ]
     tuned = first.finetuning
     if tuned is not None:

@@ -20,6 +20,9 @@ from .files import write_bytes
 FORMAT = "tp_mrs.model/2"
 KEY, CHECKSUM = "tp_mrs", "tp_mrs.sha256"
 _BLANK = "0" * 64
+_LENGTH = 8
+"""Bytes at the start of a file that tell how many the header has."""
+
 MOST_METADATA = 4 * 2**20
 """Characters of JSON that we read or write: enough for the class names of ImageNet-21k, little enough to parse."""
 
@@ -59,8 +62,18 @@ def write(
     if len(text) > MOST_METADATA:
         raise InputError(f"class_names: the metadata takes {len(text)} characters, at most {MOST_METADATA} can be kept")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(plain, {KEY: text, CHECKSUM: _BLANK})
+    content = _in_order(safetensors.torch.save(plain, {KEY: text, CHECKSUM: _BLANK}))
     return write_bytes(path, content.replace(_entry(_BLANK), _entry(checksum(content)), 1))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted by key, so that the same tensors give the same bytes."""
+    start = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    header = json.loads(content[_LENGTH:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH)  # tensors stay aligned
+    return len(text).to_bytes(_LENGTH, "little") + text + content[start:]
 
 
 def read(path: str | Path, *, format: str = FORMAT) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -147,7 +160,7 @@ def _open(file: Path, path: str) -> tuple[mmap.mmap, dict[str, Any], int]:
         raise InputError(
             f"path: cannot read {file} as safetensors ({str(error)[:200]}); write it with tp_mrs.save(model, path)"
         ) from error
-    start = 8 + int.from_bytes(content[:8], "little")
+    start = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
     return content, parse(content[8:start].decode(), path, MOST_HEADER), start
 
 
