@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +34,10 @@ FEWEST_POINTS = 3
 """Of a curve over the epochs of fine-tuning."""
 
 GREY = "#999999"
-PANEL_WIDTH, LABEL_WIDTH, ROW_HEIGHT = 4.6, 2.8, 0.22
+PANEL_WIDTH, PANEL_HEIGHT, STRIP_HEIGHT, LABEL_WIDTH = 4.6, 3.6, 3.4, 2.8
 """In inches."""
+
+PANELS_IN_A_ROW = 2
 
 
 class Key(NamedTuple):
@@ -143,6 +146,13 @@ def comparisons(folder: Path) -> list[Comparison]:
     return [Comparison(key, found[key], dense[key.data, key.network]) for key in order]
 
 
+def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in found:
+        groups.setdefault(comparison.key.subject, []).append(comparison)
+    return groups
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -154,38 +164,39 @@ def tables(found: Sequence[Comparison]) -> str:
 
 
 def summary(found: Iterable[Comparison]) -> str:
-    """Ours beside the best of the others at each budget and amount of fine-tuning."""
+    """Ours beside the best of the others at each budget: right after pruning, and after the most of fine-tuning."""
     rows = []
-    for comparison in found:
-        for point, ours in itertools.product(comparison.points(), SUMMARISED):
-            best = comparison.best_other(point, ours)
-            if best is not None and (float(point) or ours == MAIN):  # before fine-tuning they are the same
-                seeds = comparison.seeds(ours, point)
-                accuracies = [
-                    " / ".join(f"{comparison.accuracy(name, point, of, seeds):.1f}" for of in (ATTACK, "clean"))
-                    for name in (ours, best)
-                ]
-                rows.append(
-                    [
-                        f"{comparison.key.subject}, {comparison.key}",
-                        epochs_text(point),
-                        str(len(seeds)),
-                        " / ".join(f"{comparison.dense_accuracy(seeds, of):.1f}" for of in (ATTACK, "clean")),
-                        f"{accuracies[0]} ({ours})",
-                        f"{accuracies[1]} ({best})",
-                        lead_text(comparison.lead(best, point, ours)),
-                    ]
-                )
+    for comparison, ours in itertools.product(found, SUMMARISED):
+        points = comparison.points() if ours == MAIN else [point for point in comparison.points() if float(point)]
+        best = [(point, name) for point in points if (name := comparison.best_other(point, ours))]
+        rows += [summary_row(comparison, ours, *each) for each in dict.fromkeys([*best[:1], *best[-1:]])]
     header = [
         "network, budget",
         "fine-tuning",
         "seeds",
         "dense: PGD-20 / clean",
-        "ours",
+        MAIN,
         "best other",
         "PGD-20, difference",
     ]
     return markdown(header, rows) if rows else ""
+
+
+def summary_row(comparison: Comparison, ours: str, point: str, other: str) -> list[str]:
+    seeds = comparison.seeds(ours, point)
+    accuracies = [
+        " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
+        for name in (ours, other)
+    ]
+    return [
+        f"{comparison.key.subject}, {comparison.key}",
+        epochs_text(point),
+        str(len(seeds)),
+        " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
+        accuracies[0] if ours == MAIN else f"{accuracies[0]} ({ours.removeprefix(f'{MAIN}, ')})",
+        f"{accuracies[1]} ({other})",
+        lead_text(comparison.lead(other, point, ours)),
+    ]
 
 
 def epochs_text(point: str) -> str:
@@ -262,7 +273,7 @@ def budget_table(comparison: Comparison) -> str:
     header = ["", "MACs", "params"]
     for point in points:
         name = "one shot" if float(point) == 0 else epochs_text(point)
-        header += [*(f"{COLUMNS[column]}, {name}" for column in columns), f"{MAIN} less this"]
+        header += [f"{name}: {' / '.join(COLUMNS[column] for column in columns)}", f"{MAIN} less this"]
     rows = []
     for name in comparison.names:
         cells = comparison.cells[name]
@@ -272,7 +283,7 @@ def budget_table(comparison: Comparison) -> str:
         row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
         for point in points:
             seeds = comparison.seeds(name, point)
-            row += [f"{comparison.accuracy(name, point, of):.1f}" if seeds else "" for of in columns]
+            row.append(" / ".join(f"{comparison.accuracy(name, point, of):.1f}" for of in columns) if seeds else "")
             shown = name != MAIN and name in comparison.common(point)
             row.append(lead_text(comparison.lead(name, point)) if shown else "")
         rows.append(row)
@@ -289,7 +300,13 @@ def budget_table(comparison: Comparison) -> str:
     )
     failed = {name: cell["failed"] for name, of in comparison.cells.items() for cell in of.values() if "failed" in cell}
     notes = "".join(f"\n\n{name}: {why}" for name, why in failed.items())
-    return f"{text}\n\n{markdown(header, rows)}{notes}"
+    return folded(text, f"{markdown(header, rows)}{notes}")
+
+
+def folded(title: str, text: str) -> str:
+    """Shown when the title is clicked, on GitHub and on the website."""
+    title = title.replace("**", "<b>", 1).replace("**", "</b>", 1)
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n\n</details>'
 
 
 def rank_table(found: Sequence[Comparison]) -> str:
@@ -311,10 +328,10 @@ def rank_table(found: Sequence[Comparison]) -> str:
         ]
         for name in ordered
     ]
-    title = "**Ranks**, one shot, by PGD-20: mean over these networks and budgets, and each: "
-    return (
-        title + "; ".join(f"{c.key.subject}, {c.key}" for c in found) + f".\n\n{markdown(['', 'mean', 'each'], rows)}"
-    )
+    budgets = {subject: ", ".join(str(one.key) for one in ours) for subject, ours in by_subject(found).items()}
+    where = "; ".join(f"{subject} ({text})" for subject, text in budgets.items())
+    title = f"**Ranks**, one shot, by PGD-20: mean over these networks and budgets, and each: {where}."
+    return f"{title}\n\n{markdown(['', 'mean', 'each'], rows)}"
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
@@ -331,20 +348,29 @@ SHOWN: dict[str, tuple[str, str]] = {
 }
 """Contender → colour (Okabe and Ito) and marker."""
 
+ROBUST = "PGD-20 accuracy (%)"
+MANY_LAYERS = 30
+
 SIDEWAYS = -0.7
 """Percent of the MACs between contenders of the same size, so that intervals do not hide each other."""
 
 
-def panels(count: int, height: float = 4.4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(PANEL_WIDTH * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Two beside each other, as wide as a page."""
+    columns = min(count, PANELS_IN_A_ROW)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(PANEL_WIDTH * columns, 0.8 + PANEL_HEIGHT * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
-def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
-    groups: dict[str, list[Comparison]] = {}
-    for comparison in found:
-        groups.setdefault(comparison.key.subject, []).append(comparison)
-    return groups
+def strips(count: int) -> tuple[Figure, list[Axes]]:
+    """One below the other, each as wide as a page."""
+    size = PANEL_WIDTH * PANELS_IN_A_ROW, STRIP_HEIGHT * count
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(count, 1, squeeze=False).flat)
 
 
 def spread(
@@ -365,7 +391,7 @@ def draw(axis: Axes, name: str, xs: Sequence[float], found: Sequence[tuple[float
     )
 
 
-def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str = "PGD-20 accuracy (%)") -> None:
+def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str) -> None:
     for axis in axes:
         axis.set_ylabel(ylabel)
         axis.spines[["top", "right"]].set_visible(False)
@@ -374,7 +400,7 @@ def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str = "PGD-
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, int(len(axes) * PANEL_WIDTH / LABEL_WIDTH))
+    columns = max(1, int(figure.get_figwidth() / LABEL_WIDTH))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, metadata={"Software": None})
@@ -398,7 +424,7 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
             axis.set_xlabel("MACs left (%, moved apart), no fine-tuning")
             targets = [100 * one.key.target for one in ours]
             axis.set_xlim(min(targets) - 10, max(targets) + 10)
-        finish(figure, axes, path)
+        finish(figure, axes, path, ROBUST)
 
 
 def plot_curves(found: Sequence[Comparison], path: Path) -> None:
@@ -418,31 +444,29 @@ def plot_curves(found: Sequence[Comparison], path: Path) -> None:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
             axis.set_xlabel("epochs of fine-tuning")
-        finish(figure, axes, path)
+        finish(figure, axes, path, ROBUST)
 
 
 def plot_widths(found: Sequence[Comparison], path: Path) -> None:
     """Channels that each layer keeps, of the first seed, at the smallest budget of MACs of each network."""
     groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
     smallest = [min(ours, key=lambda one: one.key.target) for ours in groups.values()]
-    kept = [channels_kept(one, one.seeds(MAIN, "0")[0]) for one in smallest]
-    if kept:
-        figure, axes = panels(len(kept), height=1.2 + ROW_HEIGHT * max(len(layers) for layers in kept))
-        for axis, one, layers in zip(axes, smallest, kept, strict=True):
-            for row, widths in enumerate(layers.values()):
-                axis.plot([min(widths.values()), max(widths.values())], [row, row], color=GREY, linewidth=0.8, zorder=1)
+    if smallest:
+        figure, axes = strips(len(smallest))
+        for axis, one in zip(axes, smallest, strict=True):
+            layers = channels_kept(one, one.seeds(MAIN, "0")[0])
             for name, (colour, marker) in SHOWN.items():
-                points = [(widths[name], row) for row, widths in enumerate(layers.values()) if name in widths]
+                points = [(at, widths[name]) for at, widths in enumerate(layers.values()) if name in widths]
                 if points:
+                    size, width = (6, 1.8) if name == MAIN else (4, 0.6)
                     xs, ys = zip(*points, strict=True)
-                    size = 36 if name == MAIN else 20
-                    axis.scatter(xs, ys, s=size, c=colour, marker=marker, label=name, zorder=2)
-            axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
-            axis.set_yticks(range(len(layers)), list(layers), fontsize="small")
-            axis.set_ylim(len(layers) - 0.5, -0.5)
-            axis.set_xlim(0, 103)
-            axis.set_xlabel("output channels kept (%)")
-        finish(figure, axes, path, "")
+                    axis.plot(xs, ys, color=colour, marker=marker, label=name, markersize=size, linewidth=width)
+            axis.set_title(f"{one.key.subject}, {one.key}", fontsize="medium")
+            fontsize = "small" if len(layers) <= MANY_LAYERS else "xx-small"
+            axis.set_xticks(range(len(layers)), list(layers), fontsize=fontsize, rotation=90)
+            axis.set_xlim(-0.5, len(layers) - 0.5)
+            axis.set_ylim(0, 103)
+        finish(figure, axes, path, "output channels kept (%)")
 
 
 def channels_kept(comparison: Comparison, seed: int) -> dict[str, dict[str, float]]:
