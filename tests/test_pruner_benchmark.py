@@ -277,6 +277,22 @@ def test_leads_are_paired_by_image_and_seed() -> None:
     assert comparison.lead(MAIN, "0") == (0, 0, 0)
 
 
+def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
+    def curve(*points: str) -> dict[int, dict[str, Any]]:
+        plain = cell(0, "1100000000", 10)
+        return {0: {**plain, "curve": dict.fromkeys(points, plain["curve"]["0"])}}
+
+    cells = {MAIN: curve("0", "0.1", "1"), "mrpf, MART": curve("0", "1"), "L2, uniform": curve("0", "0.1", "1")}
+    dense = {0: {"clean": 1.0, "pgd-20": 0.2}}
+    comparison = report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, dense)
+    rows = [row.split(" | ") for row in report.summary([comparison]).splitlines()[2:]]
+    assert [(row[1], row[4]) for row in rows] == [
+        ("none", "20.0 / 100.0"),
+        ("1 epoch", "20.0 / 100.0"),
+        ("1 epoch", "20.0 / 100.0 (MART)"),
+    ]
+
+
 def test_recovery_is_read_off_the_line_between_points() -> None:
     assert report.crossing([0, 0.1, 0.5], [20, 30, 50], 40) == pytest.approx(0.3)
     assert report.crossing([0, 0.1], [40, 30], 40) == 0
