@@ -58,6 +58,11 @@ class Budget(NamedTuple):
     measure: str
     target: float
 
+    @property
+    def text(self) -> str:
+        """Such as `"macs-50"`."""
+        return f"{self.measure}-{100 * self.target:g}"
+
 
 class Subject:
     """A dense network and the images that criteria see; what several contenders need is worked out once."""
@@ -560,6 +565,9 @@ COMPENSATED: dict[str, Contender] = {
 }
 """Torch-Pruning's criteria with our compensation: what is left of the lead is the sensitivities' own."""
 
+RETUNED: dict[str, Contender] = {"L2, uniform, MART": Once(by_ratio(plain(L2), "uniform"), MART)}
+"""Torch-Pruning's criterion with what `mrpf, MART` is fine-tuned by."""
+
 SETTLED: dict[str, Contender] = {
     "L2, uniform, variances half way": Once(by_ratio(plain(L2), "uniform", settle=half_way)),
     "L2, uniform, means only": Once(by_ratio(plain(L2), "uniform", settle=means_only)),
@@ -575,6 +583,6 @@ ABLATIONS: dict[str, Contender] = {
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
-CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **SETTLED, **ABLATIONS}
+CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **RETUNED, **SETTLED, **ABLATIONS}
 MAIN = "mrpf"
 """The one that others are compared with, pair by pair."""

@@ -1,7 +1,8 @@
 """Tables and plots of the cells that `python -m benchmarks.run` has made: `python -m benchmarks.report`.
 
 The same cells give the same bytes. A difference is between two contenders on the same images and from the same dense
-networks; its 95% interval comes from a bootstrap over seeds, and over images within each.
+networks; its 95% interval comes from a bootstrap over seeds and images. Two or three seeds say little of what others
+would give, so that intervals are rather too narrow; with one seed they are over images only.
 """
 
 from __future__ import annotations
@@ -20,15 +21,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS
-from benchmarks.run import CELLS, FORMAT
+from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS, Budget
+from benchmarks.run import CELLS, FORMAT, Work, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
-from tp_mrs.files import read_json, write_bytes
+from tp_mrs.errors import InputError
+from tp_mrs.files import check_output_folder, read_json, write_bytes
 from tp_mrs.plotting import BLUE, GREEN, ORANGE
 
 ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SUMMARISED = (MAIN, "mrpf, MART")
+BESIDE = "L2, uniform, compensated"
+"""The simplest criterion with our compensation, beside ours in the summary."""
+
+HELD_OUT = {
+    "cifar10, resnet18": (2,),
+    "digits, narrow resnet18": (3, 4),
+    "digits, vgg11_bn": (1, 2),
+    "digits, mobilevit_xxs": (1, 2),
+}
+"""Data and network → seeds that nothing was chosen by."""
+
 RESAMPLES = 2000
 FEWEST_POINTS = 3
 """Of a curve over the epochs of fine-tuning."""
@@ -82,6 +95,16 @@ class Comparison:
         wanted = self.seeds(of, point)
         return [name for name in self.names if wanted and set(wanted) <= set(self.seeds(name, point))]
 
+    def shared(self, contender: str, point: str, of: str = MAIN) -> list[int]:
+        """Seeds that both have results for."""
+        return sorted(set(self.seeds(contender, point)) & set(self.seeds(of, point)))
+
+    def only(self, seeds: Iterable[int]) -> Comparison:
+        """The same of these seeds."""
+        wanted = set(seeds)
+        cells = {name: {seed: cell for seed, cell in of.items() if seed in wanted} for name, of in self.cells.items()}
+        return replace(self, cells={name: of for name, of in cells.items() if of})
+
     def whole_curve(self, contender: str = MAIN) -> list[int]:
         """Seeds with results for every point that the main contender has."""
         points = [point for point in self.points() if self.seeds(MAIN, point)]
@@ -96,8 +119,8 @@ class Comparison:
         return 100 * statistics.mean(cell[measure] for cell in self.cells[contender].values() if measure in cell)
 
     def lead(self, contender: str, point: str, of: str = MAIN, attack: str = ATTACK) -> tuple[float, float, float]:
-        """The robust accuracy of one less the contender's, in points, and its 95% interval; on the former's seeds."""
-        seeds = self.seeds(of, point)
+        """The robust accuracy of one less the contender's, in points, and its 95% interval; on the seeds of both."""
+        seeds = self.shared(contender, point, of)
         ours, theirs = ([right(self.cells[name][seed], point, attack) for seed in seeds] for name in (of, contender))
         return bootstrap([one - other for one, other in zip(ours, theirs, strict=True)])
 
@@ -105,10 +128,10 @@ class Comparison:
         """Accuracy of the dense networks, mean in %."""
         return 100 * statistics.mean(self.dense[seed][attack] for seed in seeds)
 
-    def best_other(self, point: str, of: str = MAIN) -> str | None:
-        """Of Torch-Pruning's, by the mean over the same seeds and images, which favours it."""
-        others, seeds = [name for name in self.common(point, of) if name in OTHERS], self.seeds(of, point)
-        return max(others, key=lambda name: self.accuracy(name, point, seeds=seeds), default=None)
+    def others(self, point: str, of: str = MAIN) -> list[str]:
+        """Torch-Pruning's with results for all seeds that this one has, the most robust first: it is favoured."""
+        found, seeds = [name for name in self.common(point, of) if name in OTHERS], self.seeds(of, point)
+        return sorted(found, key=lambda name: -self.accuracy(name, point, seeds=seeds))
 
 
 def right(cell: dict[str, Any], point: str, attack: str = ATTACK) -> np.ndarray[Any, Any]:
@@ -119,31 +142,53 @@ def right(cell: dict[str, Any], point: str, attack: str = ATTACK) -> np.ndarray[
 
 
 def bootstrap(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float, float]:
-    """Mean in points and 95% interval, resampling seeds, and images within each."""
-    random, seeds = np.random.default_rng(0), len(samples)
-    means = np.stack([_resampled(random, sample) for sample in samples])
-    drawn = means[random.integers(seeds, size=(RESAMPLES, seeds)), np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    """Mean in points and 95% interval, resampling seeds and images; each seed's values are of the same images."""
+    random, values = np.random.default_rng(0), np.stack(samples)
+    seeds, images = values.shape
+    drawn_images = random.integers(images, size=(RESAMPLES, images))
+    means = np.stack([own[drawn_images].mean(axis=1) for own in values])
+    drawn = np.take_along_axis(means, random.integers(seeds, size=(seeds, RESAMPLES)), axis=0).mean(axis=0)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return 100 * float(np.mean([sample.mean() for sample in samples])), 100 * float(low), 100 * float(high)
-
-
-def _resampled(random: np.random.Generator, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return values[random.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    return 100 * float(values.mean()), 100 * float(low), 100 * float(high)
 
 
 def comparisons(folder: Path) -> list[Comparison]:
-    """All there is, by network and budget."""
+    """All there is, by network and budget.
+
+    Raises:
+        InputError: there is nothing, or cells do not fit each other.
+    """
     found: dict[Key, dict[str, dict[int, dict[str, Any]]]] = {}
     dense: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/dense-*.json")):
-        cell = read_json(path, FORMAT)
+        cell = read_cell(path)
         dense.setdefault((cell["data"], cell["network"]), {})[cell["seed"]] = cell
     for path in sorted(folder.glob("*/*/*.json")):
-        cell = read_json(path, FORMAT)
-        key = Key(cell["data"], cell["network"], *cell["budget"])
-        found.setdefault(key, {}).setdefault(cell["contender"], {})[cell["seed"]] = cell
+        cell = read_cell(path)
+        work = Work(cell["data"], cell["network"], Budget(*cell["budget"]), cell["seed"])
+        if path != path_of(folder, work, cell["contender"]):
+            raise InputError(f"cells: {path} is the cell of {cell['contender']} of seed {work.seed}; put it back")
+        start = dense.get((work.data, work.network), {}).get(work.seed)
+        if start is None or start["settings"] != cell["settings"]:
+            raise InputError(
+                f"cells: {path} and its dense-{work.seed}.json were not made by the same settings; run again what is "
+                "missing, or remove what is old"
+            )
+        key = Key(work.data, work.network, *work.budget)
+        found.setdefault(key, {}).setdefault(cell["contender"], {})[work.seed] = cell
+    if not found:
+        raise InputError(f"cells: {folder} has none; make some by python -m benchmarks.run --out {folder}")
     order = sorted(found, key=lambda key: (key.data, key.network, key.measure, -key.target))
     return [Comparison(key, found[key], dense[key.data, key.network]) for key in order]
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    cell = read_json(path, FORMAT)
+    of_contenders = () if path.name.startswith("dense-") else ("contender", "budget")
+    missing = [name for name in ("data", "network", "seed", "settings", *of_contenders) if name not in cell]
+    if missing:
+        raise InputError(f"cells: {path} has no {missing[0]}; remove it, and run again")
+    return cell
 
 
 def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
@@ -158,7 +203,7 @@ def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
 
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
-    parts = [summary(found), rank_table(found), *map(recovery, found), *map(by_autoattack, found)]
+    parts = [summary(found), held_out(found), rank_table(found), *map(recovery, found), *map(by_autoattack, found)]
     parts += map(budget_table, found)
     return "\n\n".join(part for part in parts if part)
 
@@ -168,39 +213,52 @@ def summary(found: Iterable[Comparison]) -> str:
     rows = []
     for comparison, ours in itertools.product(found, SUMMARISED):
         points = comparison.points() if ours == MAIN else [point for point in comparison.points() if float(point)]
-        best = [(point, name) for point in points if (name := comparison.best_other(point, ours))]
-        rows += [summary_row(comparison, ours, *each) for each in dict.fromkeys([*best[:1], *best[-1:]])]
+        compared = [point for point in points if comparison.others(point, ours)]
+        rows += [summary_row(comparison, ours, point) for point in dict.fromkeys([*compared[:1], *compared[-1:]])]
     header = [
         "network, budget",
         "fine-tuning",
         "seeds",
         "dense: PGD-20 / clean",
         MAIN,
-        "best other",
-        "PGD-20, difference",
+        BESIDE,
+        "best other, of how many",
+        f"PGD-20, {MAIN} less this",
     ]
     return markdown(header, rows) if rows else ""
 
 
-def summary_row(comparison: Comparison, ours: str, point: str, other: str) -> list[str]:
-    seeds = comparison.seeds(ours, point)
-    accuracies = [
-        " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
-        for name in (ours, other)
-    ]
+def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
+    seeds, others = comparison.seeds(ours, point), comparison.others(point, ours)
+
+    def accuracies(name: str) -> str:
+        return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
+
     return [
         f"{comparison.key.subject}, {comparison.key}",
         epochs_text(point),
         str(len(seeds)),
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
-        accuracies[0] if ours == MAIN else f"{accuracies[0]} ({ours.removeprefix(f'{MAIN}, ')})",
-        f"{accuracies[1]} ({other})",
-        lead_text(comparison.lead(other, point, ours)),
+        accuracies(ours) + ("" if ours == MAIN else f" ({ours.removeprefix(f'{MAIN}, ')})"),
+        accuracies(BESIDE) if BESIDE in comparison.common(point, ours) else "",
+        f"{accuracies(others[0])} ({others[0]}; {len(others)})",
+        lead_text(comparison.lead(others[0], point, ours)),
     ]
+
+
+def held_out(found: Iterable[Comparison]) -> str:
+    """The summary, of the seeds alone that nothing was chosen by."""
+    table = summary(one.only(HELD_OUT[one.key.subject]) for one in found if one.key.subject in HELD_OUT)
+    seeds = "; ".join(f"{subject}: {' and '.join(map(str, those))}" for subject, those in HELD_OUT.items())
+    return table and folded(f"**The same on seeds that nothing was chosen by** ({seeds})", table)
 
 
 def epochs_text(point: str) -> str:
     return "none" if float(point) == 0 else f"{point} epoch{'s' if float(point) != 1 else ''}"
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
 
 
 def lead_text(lead: tuple[float, float, float]) -> str:
@@ -228,7 +286,7 @@ def recovery(comparison: Comparison) -> str:
     title = (
         f"**Recovery**, {comparison.key.subject}, {comparison.key}: epochs of fine-tuning to PGD-20 accuracy "
         f"within 3 points of the dense networks' {dense:.1f}, on a straight line between the measured; and after each. "
-        f"Mean over {len(seeds)} seed{'s' if len(seeds) != 1 else ''}."
+        f"Mean over {seeds_text(seeds)}."
     )
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
 
@@ -248,10 +306,14 @@ def by_autoattack(comparison: Comparison) -> str:
         row = [f"**{name}**" if name in OURS else name]
         row += [f"{found.accuracy(name, '0', column, seeds):.1f}" for column in COLUMNS]
         rows.append([*row, lead_text(found.lead(name, "0", attack="autoattack")) if name != MAIN else ""])
+    dense = {seed: cell["autoattack"]["0"] for seed, cell in comparison.dense.items() if "autoattack" in cell}
+    if set(seeds) <= set(dense):
+        means = [100 * statistics.mean(dense[seed][column] for seed in seeds) for column in COLUMNS]
+        rows.insert(0, ["dense", *(f"{mean:.1f}" for mean in means), ""])
     images = tried[MAIN][seeds[0]]["curve"]["0"]["images"]
     title = (
         f"**AutoAttack**, {comparison.key.subject}, {comparison.key}, right after pruning: {images} test images, "
-        f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}."
+        f"{seeds_text(seeds)}."
     )
     return f"{title}\n\n{markdown(['', *COLUMNS.values(), f'{MAIN} less this, AutoAttack'], rows)}"
 
@@ -273,7 +335,8 @@ def budget_table(comparison: Comparison) -> str:
     header = ["", "MACs", "params"]
     for point in points:
         name = "one shot" if float(point) == 0 else epochs_text(point)
-        header += [f"{name}: {' / '.join(COLUMNS[column] for column in columns)}", f"{MAIN} less this"]
+        shown = f"{name}, {seeds_text(comparison.seeds(MAIN, point))}"
+        header += [f"{shown}: {' / '.join(COLUMNS[column] for column in columns)}", f"{MAIN} less this"]
     rows = []
     for name in comparison.names:
         cells = comparison.cells[name]
@@ -282,21 +345,20 @@ def budget_table(comparison: Comparison) -> str:
         row = [f"**{name}**" if name in OURS else name]
         row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
         for point in points:
-            seeds = comparison.seeds(name, point)
-            row.append(" / ".join(f"{comparison.accuracy(name, point, of):.1f}" for of in columns) if seeds else "")
-            shown = name != MAIN and name in comparison.common(point)
-            row.append(lead_text(comparison.lead(name, point)) if shown else "")
+            seeds = comparison.shared(name, point)
+            accuracies = " / ".join(f"{comparison.accuracy(name, point, of, seeds):.1f}" for of in columns if seeds)
+            fewer = f" ({seeds_text(seeds)})" if seeds and len(seeds) < len(comparison.seeds(MAIN, point)) else ""
+            row.append(accuracies + fewer)
+            row.append(lead_text(comparison.lead(name, point)) if seeds and name != MAIN else "")
         rows.append(row)
     first = next(iter(comparison.dense.values()))
     dense = ", ".join(
         " / ".join(f"{100 * cell[column]:.1f}" for column in columns) for cell in comparison.dense.values()
     )
-    numbers = sorted({len(comparison.seeds(name, points[0])) for name in comparison.cells} - {0}) if points else []
     text = (
         f"**{comparison.key.subject}, {comparison.key}**; eps {first['settings']['eps']}, "
         f"{first['settings']['test_images']} test images, dense {dense} "
-        f"({' / '.join(COLUMNS[column] for column in columns)} of each seed), "
-        f"{' or '.join(map(str, numbers))} seed{'s' if numbers != [1] else ''}."
+        f"({' / '.join(COLUMNS[column] for column in columns)} of each seed)."
     )
     failed = {name: cell["failed"] for name, of in comparison.cells.items() for cell in of.values() if "failed" in cell}
     notes = "".join(f"\n\n{name}: {why}" for name, why in failed.items())
@@ -317,7 +379,9 @@ def rank_table(found: Sequence[Comparison]) -> str:
         return ""
     ranks: dict[str, list[int]] = {name: [] for name in names}
     for comparison in found:
-        for place, name in enumerate(sorted(names, key=lambda name: -comparison.accuracy(name, "0")), start=1):
+        seeds = comparison.seeds(MAIN, "0")
+        accuracies = {name: comparison.accuracy(name, "0", seeds=seeds) for name in names}
+        for place, name in enumerate(sorted(names, key=lambda name: -accuracies[name]), start=1):
             ranks[name].append(place)
     ordered = sorted(names, key=lambda name: statistics.mean(ranks[name]))
     rows = [
@@ -496,9 +560,13 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=CELLS, help="folder of the cells (default: the committed ones)")
     parser.add_argument("--out", type=Path, help="folder for report.md and plots, instead of the README files")
     arguments = parser.parse_args()
-    found = comparisons(arguments.cells)
+    try:
+        found = comparisons(arguments.cells)
+        if arguments.out:
+            check_output_folder(arguments.out)
+    except InputError as error:
+        parser.error(str(error))
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         write_bytes(arguments.out / "report.md", f"{tables(found)}\n".encode())
     else:
         fill("pruners", tables(found))

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
 from tp_mrs.allocation import amount
 from tp_mrs.data import load_data, make_loader, random_subset
-from tp_mrs.errors import DivergenceError, InputError
-from tp_mrs.files import read_json, write_json
+from tp_mrs.errors import DivergenceError, InputError, check_choice, check_count, check_seed
+from tp_mrs.files import check_output_folder, read_json, write_json
 from tp_mrs.pruning import LAYERS
 from tp_mrs.storage import checksum, tensors_of
 
@@ -152,30 +153,45 @@ class Cell:
     """A JSON file, read if it is there and written whenever something is added.
 
     Raises:
-        InputError: what is there was made with other settings.
+        InputError: what is there was made with other settings, or is no such cell.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"format": FORMAT, **head, "settings": settings}
-        if path.exists():
-            self.content = read_json(path, FORMAT)
-            if self.content["settings"] != json.loads(json.dumps(settings)):
-                raise InputError(
-                    f"out: {path} was made with other settings, or from another dense network; remove all of its "
-                    "network and seed, or choose another folder"
-                )
+        self._head: dict[str, Any] = json.loads(json.dumps({**head, "settings": settings}))
+        self.content = self._read()
 
     def add(self, **found: Any) -> None:
-        self.content |= {**found, **provenance()}
+        """To what is there by now: another run may have added to it."""
+        content = self._read()
+        for name, value in found.items():
+            content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+        self.content = content | provenance()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {"format": FORMAT, **self._head}
+        try:
+            content = read_json(self.path, FORMAT)
+        except InputError as error:
+            raise InputError(f"out: {self.path} is damaged, remove it ({error})") from error
+        differing = [name for name, value in self._head.items() if content.get(name) != value]
+        if differing == ["settings"]:
+            raise InputError(
+                f"out: {self.path} was made with other settings, or from another dense network; remove all of its "
+                "network and seed, or choose another folder"
+            )
+        if differing:
+            expected = ", ".join(f"{name} {self._head[name]}" for name in differing if name != "settings")
+            raise InputError(f"out: expected {self.path} to be the cell of {expected}; remove it, or put it back")
+        return content
 
 
 def path_of(folder: Path, work: Work, contender: str) -> Path:
     """Where its cell lies."""
-    budget = f"{work.budget.measure}-{100 * work.budget.target:g}"
-    return network_folder(folder, work) / budget / f"{slug(contender)}-{work.seed}.json"
+    return network_folder(folder, work) / work.budget.text / f"{slug(contender)}-{work.seed}.json"
 
 
 def network_folder(folder: Path, work: Work) -> Path:
@@ -254,6 +270,8 @@ def do(
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
         dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject))
+    if autoattack and "autoattack" not in dense.content:
+        dense.add(autoattack={"0": measures["autoattack"](subject.model)})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
@@ -279,7 +297,7 @@ def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, measures: 
     shown = []
     for name, assessed in measures.items():
         found = assessed(model)
-        cell.add(**sizes(model, subject), **{name: {**cell.content.get(name, {}), f"{point:g}": found}})
+        cell.add(**sizes(model, subject), **{name: {f"{point:g}": found}})
         shown += [f"{attack} {100 * value:.1f}" for attack, value in found.items() if isinstance(value, float)]
     return ", ".join(shown)
 
@@ -328,6 +346,38 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
+def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tuple[Work, Sequence[float]]]]:
+    """The part of a tier that was asked for.
+
+    Raises:
+        InputError: it is none of the tier's.
+    """
+    for name, low in (("jobs", 1), ("autoattack", 0)):
+        check_count(name, getattr(arguments, name), low=low)
+    for seed in arguments.seeds or ():
+        check_seed(seed)
+    work = list(tier.work())
+    networks = ["/".join(name) for name in tier.grid]
+    budgets = dict.fromkeys(one.budget.text for one, _ in work)
+    points = dict.fromkeys(f"{point:g}" for _, epochs in work for point in epochs)
+    for name, there in (("networks", networks), ("budgets", budgets), ("epochs", points)):
+        for wanted in getattr(arguments, name) or ():
+            check_choice(name, wanted, there)
+    tier = replace(tier, seeds=arguments.seeds or tier.seeds, autoattack=arguments.autoattack)
+    if arguments.contenders:
+        tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
+    found: list[tuple[Work, Sequence[float]]] = [
+        (one, [point for point in epochs if f"{point:g}" in (arguments.epochs or points)])
+        for one, epochs in tier.work()
+        if f"{one.data}/{one.network}" in (arguments.networks or networks)
+        and one.budget.text in (arguments.budgets or budgets)
+    ]
+    found = [(one, epochs) for one, epochs in found if epochs]
+    if not found:
+        raise InputError("budgets: the tier has no such budget, or no such epochs, for these networks; leave one out")
+    return tier, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=TIERS, default="smoke")
@@ -337,31 +387,30 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", metavar="DATA/NAME", help="only these of the tier")
     parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these of the tier")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
-    parser.add_argument("--epochs", type=float, nargs="+", help="only these of the tier")
+    parser.add_argument("--epochs", nargs="+", help="only these of the tier")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
-    tier = TIERS[arguments.tier]
-    tier = replace(tier, seeds=arguments.seeds or tier.seeds, autoattack=arguments.autoattack)
-    if arguments.contenders:
-        tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
-    wanted = [name for name in tier.grid if not arguments.networks or "/".join(name) in arguments.networks]
-    there = at_hand({data for data, _ in wanted}, arguments.data_dir)
-    work = [
-        (one, [number for number in epochs if not arguments.epochs or number in arguments.epochs])
-        for one, epochs in tier.work()
-        if (one.data, one.network) in wanted
-        and one.data in there
-        and (not arguments.budgets or f"{one.budget.measure}-{100 * one.budget.target:g}" in arguments.budgets)
-    ]
+    try:
+        tier, work = selected(TIERS[arguments.tier], arguments)
+        check_output_folder(arguments.out)
+    except InputError as error:
+        parser.error(str(error))
+    there = at_hand({one.data for one, _ in work}, arguments.data_dir)
+    work = [(one, epochs) for one, epochs in work if one.data in there]
     if not work:
-        grid = ", ".join(f"{data}/{network}" for data, network in tier.grid)
-        parser.error(f"nothing of this tier is left to run; it has {grid}, and all but digits need --data-dir")
+        parser.error("data-dir: nothing of this tier is left to run; all but digits need it")
     threads = max(1, torch.get_num_threads() // arguments.jobs)
+    failed = 0
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
         tasks = [pool.submit(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
         for task in as_completed(tasks):
-            task.result()
+            try:
+                task.result()
+            except InputError as error:  # the others go on
+                failed += 1
+                print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

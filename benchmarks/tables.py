@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,22 @@ RESULTS = FOLDER / "results"
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and device, for every result."""
+    """Versions, commit and device, for every result."""
     return {
         "versions": {**versions(), "python": platform.python_version()},
+        "commit": _commit(),
         "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
     }
+
+
+@lru_cache
+def _commit() -> str | None:
+    """Of the checkout, `-dirty` if files were changed after it; None outside of one."""
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
