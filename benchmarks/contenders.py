@@ -246,8 +246,8 @@ def evidence(subject: Subject, kind: str) -> Evidence:
     return found
 
 
-def mrs(base: Any, alpha: float = 1.0, kind: str = "adversarial") -> Make:
-    """MRSImportance on the subject's images; at α = 0 the base alone."""
+def mrs(base: Any, alpha: float = 0.5, kind: str = "adversarial") -> Make:
+    """MRSImportance on the subject's images."""
 
     def make(subject: Subject, model: nn.Module) -> MRSImportance:
         importance = MeasuredBefore(model, subject.calibration, subject.attack, base=base, alpha=alpha)
@@ -542,7 +542,7 @@ OTHERS: dict[str, Contender] = {
     "prune and measure, L2": Once(allocated(plain(L2), tried)),
 }
 
-OWN = mrs("sensitivity", alpha=0.0)
+OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same, and this one counts no costs
 OURS: dict[str, Contender] = {
     "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
     "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),
@@ -561,9 +561,10 @@ OURS: dict[str, Contender] = {
 COMPENSATED: dict[str, Contender] = {
     "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
     "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
+    "MRSImportance, global, compensated": Once(by_ratio(mrs("sensitivity"), "global", compensate=True)),
     "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
 }
-"""Torch-Pruning's criteria with our compensation: what is left of the lead is the sensitivities' own."""
+"""Criteria for Torch-Pruning's pruners with our compensation: what is left of the lead is the sensitivities' own."""
 
 RETUNED: dict[str, Contender] = {"L2, uniform, MART": Once(by_ratio(plain(L2), "uniform"), MART)}
 """Torch-Pruning's criterion with what `mrpf, MART` is fine-tuned by."""

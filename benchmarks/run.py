@@ -109,7 +109,7 @@ LEADING = (
     "mrpf, 2 rounds",
     "MRS allocate",
     "MRS allocate, MART",
-    "MRSImportance + Taylor, global",
+    "MRSImportance, global",
     "L2, uniform, compensated",
     "without allocation: α = 0",
 )

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from .borrowing import borrowed, copied
+from .borrowing import copied
+from .costs import LayerCost, costs_of, fractions, prices
 from .errors import InputError, check_count, check_example_inputs, check_number
-from .importance import geometric_mean, relative_weight
-from .pruning import LAYERS, Group, count, prunable_groups, prune_by_ratio, width
+from .pruning import Group, count, prunable_groups, prune_by_ratio
 from .sensitivity import Sensitivity
 from .uncertainty import Array
 
 TOLERANCE = 0.01
 """How far the pruned model may be from the target, as a fraction of the target."""
-
-_SMALLEST_COST = 1e-12
 
 Kept = dict[str, int]
 """Units kept of each group."""
@@ -81,7 +78,7 @@ def allocate(
     losses = _losses(sensitivity, groups)
     if isinstance(sensitivity, Sensitivity):
         _check_sizes(model, sensitivity.sizes)
-    plan = _Plan(groups, _costs(model, example_inputs, groups, measure), losses, alpha, min_keep, round_to)
+    plan = _Plan(groups, costs_of(model, example_inputs, groups, measure), losses, alpha, min_keep, round_to)
     dense = amount(model, example_inputs, measure)
     kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
     modules = dict(model.named_modules())
@@ -127,14 +124,9 @@ def _losses(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -
     scores = _scores(given, groups)
     mean = geometric_mean(scores.values())
     return {
-        group.name: relative_weight(scores[group.name], mean, 1.0) * _fractions(group.units) / group.units
+        group.name: relative_weight(scores[group.name], mean, 1.0) * fractions(group.units) / group.units
         for group in groups
     }
-
-
-def _fractions(units: int) -> Array:
-    """1 / units, 2 / units, …, 1."""
-    return np.arange(1, units + 1) / units
 
 
 def _scores(scores: Any, groups: Sequence[Group]) -> dict[str, float]:
@@ -153,6 +145,17 @@ def _scores(scores: Any, groups: Sequence[Group]) -> dict[str, float]:
             found[group.name] = math.nan
         check_number(f"sensitivity[{group.name!r}]", found[group.name], low=0)
     return found
+
+
+def relative_weight(score: float, mean: float, alpha: float) -> float:
+    """`(score / mean)^α`; what never matters counts a billionth of the mean, to stay positive."""
+    return max(score / mean, 1e-9) ** alpha
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of the positive ones among `values`; 1 if there are none."""
+    logarithms = [math.log(value) for value in values if value > 0]
+    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 def _check_names(scores: Mapping[str, object], groups: Sequence[Group]) -> None:
@@ -185,25 +188,7 @@ def amount(model: nn.Module, example_inputs: Tensor, measure: str) -> int:
     return macs if measure == "macs" else params
 
 
-# --- what a plan would cost --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Cost of a layer, `full · (fraction of its inputs kept) · (fraction of its outputs kept)`.
-
-    `outputs` and `inputs`: group → fraction of the layer's channels that each removed unit of the group takes.
-    """
-
-    full: float
-    outputs: Mapping[str, float]
-    inputs: Mapping[str, float]
-
-    def at(self, removed: Mapping[str, int]) -> float:
-        """The cost once `removed` units of each group are gone."""
-        out = 1 - sum(removed[group] * share for group, share in self.outputs.items())
-        into = 1 - sum(removed[group] * share for group, share in self.inputs.items())
-        return self.full * max(out, 0.0) * max(into, 0.0)
+# --- plans ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,10 +211,8 @@ class _Plan:
         whole = {group.name: group.units for group in self.groups}
         found = {}
         for group in self.groups:
-            saved = max(self.cost(whole) - self.cost({**whole, group.name: group.units - 1}), _SMALLEST_COST)
-            q = _fractions(group.units)
-            limits = q * (self.losses[group.name] / (q * saved)) ** self.alpha
-            found[group.name] = np.maximum.accumulate(np.concatenate([[0.0], limits]))
+            saved = self.cost(whole) - self.cost({**whole, group.name: group.units - 1})
+            found[group.name] = np.concatenate([[0.0], prices(self.losses[group.name], saved, self.alpha)])
         return found
 
     def choices(self, group: Group) -> list[int]:
@@ -302,55 +285,6 @@ def _near(choices: Sequence[int], current: int) -> Sequence[int]:
     """`current` and up to three choices on either side."""
     index = choices.index(current)
     return choices[max(index - 3, 0) : index + 4]
-
-
-def _costs(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], measure: str) -> list[LayerCost]:
-    """The model's cost, layer by layer, in fractions of the whole; what no layer accounts for stays whatever goes."""
-    if measure == "channels":
-        total = sum(group.units for group in groups)
-        return [LayerCost(group.units / total, {group.name: 1 / group.units}, {}) for group in groups]
-    outputs, inputs = _shares(model, groups)
-    layers = _macs(model, example_inputs, outputs) if measure == "macs" else _params(model)
-    costs = [LayerCost(full, outputs.get(out, {}), inputs.get(into, {})) for full, out, into in layers]
-    return [*costs, LayerCost(1 - sum(cost.full for cost in costs), {}, {})]
-
-
-def _macs(model: nn.Module, example_inputs: Tensor, outputs: Mapping[str, object]) -> Iterator[tuple[float, str, str]]:
-    """Fraction of the multiply-accumulates, and the layers whose outputs and inputs it shrinks with."""
-    with borrowed(model):
-        total, _, by_module, _ = tp.utils.count_ops_and_params(model, example_inputs[:1], layer_wise=True)
-    for name, module in model.named_modules():
-        children = list(module.children())
-        if any(by_module.get(child) is not None for child in children):
-            continue  # counted child by child
-        if children:  # counted as a whole, like attention: it shrinks with its first layer
-            name = next((layer for layer in outputs if layer.startswith(f"{name}.")), "")
-        yield (by_module.get(module) or 0) / total, name, name
-
-
-def _params(model: nn.Module) -> Iterator[tuple[float, str, str]]:
-    """Fraction of the parameters, and the layers whose outputs and inputs it shrinks with."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            is_matrix = isinstance(module, LAYERS) and key == "weight"
-            yield parameter.numel() / total, name, name if is_matrix else ""
-
-
-def _shares(
-    model: nn.Module, groups: Sequence[Group]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Layer → group → fraction of the layer's output, and of its input channels, that one unit takes away."""
-    modules = dict(model.named_modules())
-    outputs: dict[str, dict[str, float]] = {}
-    inputs: dict[str, dict[str, float]] = {}
-    for group in groups:
-        for member in group.members:
-            channels = width(modules[member.name], "out" if member.side == "both" else member.side)
-            if channels:
-                side = inputs if member.side == "in" else outputs
-                side.setdefault(member.name, {})[group.name] = len(member.channels) // group.units / channels
-    return outputs, inputs
 
 
 # --- meeting the budget ------------------------------------------------------------------------------------------

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from .attacks import AttackLike, build
 from .batches import check_again
+from .costs import fractions, macs_of, prices
 from .errors import InputError, check_choice, check_count, check_flag, check_number, device_of
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
-from .pruning import layers_of, prunable_groups, refresh, side_of
+from .pruning import LAYERS, layers_of, prunable_groups, refresh, side_of, width
 from .sensitivity import Sensitivity
+from .uncertainty import Array
 
 BaseName = Literal["sensitivity", "taylor", "magnitude"]
 BASES: dict[str, Callable[[MRSImportance], Any]] = {
@@ -27,17 +30,20 @@ BASES: dict[str, Callable[[MRSImportance], Any]] = {
 }
 """Name → what scores the channels of a group, for the `MRSImportance` that asks."""
 
-_OUT_OF_REACH = 1e6
-"""Factor on the scores of channels that are to stay, on top of the highest weight; they keep their order."""
+_HIGHEST, _OUT_OF_REACH = 1e24, 1e27
+"""No channel scores more than the first but those that are to stay: the second times 1, 2, … (in float32)."""
+
+_TOLD_APART = 1e-12
+"""Loss that channels of no sensitivity count as, the last of a group, so that no two of it score the same."""
 
 
 class MRSImportance(tp.importance.Importance):
-    """Scores of a base importance, weighted by the Module Robustness Sensitivity of the coupled group.
+    """Insensitive and costly channels go first; with `global_pruning=True` as many of each group as by `allocate`.
 
-    For channel c of group g the score is `(T_g / T)^α · base_g(c)`. T_g is the group's typical sensitivity,
-    √(Σ MRS_i² / weights of layer i) over its layers (see `Sensitivity.typical`); T is the geometric mean over layers.
-    With `global_pruning=True`, insensitive groups are pruned more and sensitive ones less. The model is measured when
-    the importance is first called, and again once its shapes have changed.
+    The base says in which order the channels of a group go. The k-th of n scores `q (T_k² / (q c))^α`, with q = k / n;
+    T_k the k-th smallest sensitivity of the group's channels (see `Sensitivity.units`); and c the fraction of the
+    model's multiply-accumulates that goes with one of them. Where all groups lose one ratio, the base alone decides.
+    The model is measured when the importance is first called, and again once its shapes have changed.
 
     Args:
         model: the model that the pruner prunes.
@@ -47,9 +53,10 @@ class MRSImportance(tp.importance.Importance):
             `Sensitivity.units`); `"taylor"`, on the adversarial loss; `"magnitude"`; or any Torch-Pruning importance.
             While it scores, each parameter's `.grad` holds the gradient of the adversarial loss, so that gradient-based
             ones work as they are; afterwards `.grad` is what it was.
-        alpha: how much the sensitivity counts. 0 gives the base's scores as they are.
-        min_keep: fraction of each group's channels, at least one, whose scores are raised above all others (not at
-            `alpha=0`). Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
+        alpha: how much cost and sensitivity count, as for `allocate`. 0 takes the same fraction of all groups; 1 trusts
+            sensitivities wholly.
+        min_keep: fraction of each group's channels, at least one, whose scores are raised above all others.
+            Torch-Pruning leaves a group alone if all its channels are to go, which would spare the least
             sensitive groups; and its `max_pruning_ratio` does not limit global pruning: `1 - max_pruning_ratio` here
             does. Over several steps, it is a fraction of the channels at the first.
         round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
@@ -63,7 +70,7 @@ class MRSImportance(tp.importance.Importance):
     Example:
         Needs a model, data and a pruner around it; see the README for one that runs.
 
-    Source: Bai et al., arXiv 2410.15176 (a reconstruction); the weighting is ours.
+    Source: Bai et al., arXiv 2410.15176 (a reconstruction); the rule is ours.
     """
 
     def __init__(
@@ -72,8 +79,8 @@ class MRSImportance(tp.importance.Importance):
         data: Iterable[Any],
         attack: AttackLike,
         *,
-        base: BaseName | Callable[[Any], Tensor | None] = "taylor",
-        alpha: float = 1.0,
+        base: BaseName | Callable[[Any], Tensor | None] = "sensitivity",
+        alpha: float = 0.5,
         min_keep: float = 0.1,
         round_to: int = 1,
         moments: bool = False,
@@ -110,6 +117,7 @@ class MRSImportance(tp.importance.Importance):
         self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
         self._settings = {**settings, "moments": moments, "channels_last": channels_last, "progress": progress}
         self._measured: tuple[tuple[torch.Size, ...], Measurement] | None = None
+        self._macs: tuple[Measurement, dict[str, float]] | None = None
 
     def measurement(self) -> Measurement:
         """Scores and gradients of the model as it is now; measured anew if its shapes have changed."""
@@ -125,29 +133,54 @@ class MRSImportance(tp.importance.Importance):
 
     def __call__(self, group: Any) -> Tensor | None:
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
-        measurement = self.measurement()
-        weight, highest = self._weights(group, measurement)
+        measurement, names = self.measurement(), self._names(group)
+        group, channels = sorted_copy(group), len(group[0].idxs)
+        losses = np.square(np.sort(self._units(group, names, measurement))) + _TOLD_APART * fractions(channels)
+        cost = self._cost(group, names) if self.alpha else 1.0
         with lent_gradients(self.model, measurement.gradients):
-            scores = checked_scores(self.base(sorted_copy(group)), len(group[0].idxs))
-        if scores is None or self.alpha == 0:
-            return scores
-        kept = scores.topk(self._kept(group, len(scores))).indices
-        weighted = scores * weight
-        lifted = scores[kept] + (scores.mean() or 1.0)  # even those scored 0
-        weighted[kept] = lifted * (highest * _OUT_OF_REACH)
-        return weighted
+            scores = checked_scores(self.base(group), channels)
+        if scores is None:
+            return None
+        found = prices(losses, cost, self.alpha).clip(max=_HIGHEST)
+        kept = self._kept(group, channels)
+        found[channels - kept :] = _OUT_OF_REACH * np.arange(1, kept + 1)
+        ordered = torch.empty_like(scores, dtype=torch.float32)
+        ordered[scores.argsort(stable=True)] = torch.tensor(found, dtype=torch.float32, device=scores.device)
+        return ordered
 
     def sensitivity_of_channels(self, group: Any) -> Tensor:
         """T_u of each channel of a Torch-Pruning group, see `Sensitivity.units`: (channels of its root,)."""
-        measurement = self.measurement()
-        names = {module: name for name, module in self.model.named_modules()}
+        units = self._units(group, self._names(group), self.measurement())
+        return torch.tensor(units, device=device_of(self.model)).float()
+
+    def _units(self, group: Any, names: Mapping[nn.Module, str], measurement: Measurement) -> Array:
         readers = [
             (name, item.idxs, item.root_idxs)
             for item in group
             if (name := names.get(item.dep.target.module)) in measurement.slopes
             and side_of(group._DG, item.dep.handler) == "in"
         ]
-        return torch.tensor(measurement.units(len(group[0].idxs), readers), device=device_of(self.model)).float()
+        return measurement.units(len(group[0].idxs), readers)
+
+    def _cost(self, group: Any, names: Mapping[nn.Module, str]) -> float:
+        """The fraction of the multiply-accumulates that goes with each channel of the group's root."""
+        macs, cost = self._macs_of_layers(), 0.0
+        for item in group:
+            module, side = item.dep.target.module, side_of(group._DG, item.dep.handler)
+            full = macs.get(names.get(module, ""), 0.0)
+            if full:
+                cost += full * len(item.idxs) / width(module, "out" if side == "both" else side)
+        return cost / len(group[0].idxs)
+
+    def _macs_of_layers(self) -> dict[str, float]:
+        """Name of each layer → its fraction of the multiply-accumulates; counted anew with each measurement."""
+        measurement = self.measurement()
+        if self._macs is None or self._macs[0] is not measurement:
+            example = torch.zeros(1, *measurement.image_shape, device=device_of(self.model))
+            layers = [name for name, module in self.model.named_modules() if isinstance(module, LAYERS)]
+            counted = {name: full for full, name, _ in macs_of(self.model, example, layers) if name in layers}
+            self._macs = measurement, counted
+        return self._macs[1]
 
     def _kept(self, group: Any, channels: int) -> int:
         """How many of the group's channels are to stay, by the most that it has been seen with."""
@@ -156,15 +189,12 @@ class MRSImportance(tp.importance.Importance):
         least = max(1, math.ceil(self.min_keep * self._widest[root]))
         return min(channels, math.ceil(least / self.round_to) * self.round_to)
 
-    def _weights(self, group: Any, measurement: Measurement) -> tuple[float, float]:
-        """`(T_g / T)^α` for the layers of this group, and for all layers, which no group exceeds."""
+    def _names(self, group: Any) -> dict[nn.Module, str]:
+        """Module of this model → its name."""
         names = {module: name for name, module in self.model.named_modules()}
-        layers = layers_of(group)
-        if any(layer not in names for layer in layers):
+        if any(layer not in names for layer in layers_of(group)):
             raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
-        mean = geometric_mean(measurement.typical([name]) for name in measurement.modules)
-        typical = measurement.typical(names[layer] for layer in layers), measurement.typical(measurement.modules)
-        return relative_weight(typical[0], mean, self.alpha), relative_weight(typical[1], mean, self.alpha)
+        return names
 
 
 def checked_scores(scores: object, channels: int) -> Tensor | None:
@@ -186,17 +216,6 @@ def checked_scores(scores: object, channels: int) -> Tensor | None:
     if not scores.isnan().all():
         raise InputError("base: expected a score for each channel, found NaN among them; correct the importance")
     return torch.zeros_like(scores)
-
-
-def relative_weight(score: float, mean: float, alpha: float) -> float:
-    """`(score / mean)^α`; what never matters counts a billionth of the mean, to stay positive."""
-    return max(score / mean, 1e-9) ** alpha
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of the positive ones among `values`; 1 if there are none."""
-    logarithms = [math.log(value) for value in values if value > 0]
-    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Measurement:
         gradients: name of each parameter → the robust loss's gradient.
         slopes: name of each layer → how fast the loss of each image changes as each of the channels that the layer
             reads fades, (images, inputs); of an image, all together have the norm 1.
+        image_shape: (C, H, W) of the first image.
         together: name of each group → the cost of the worst change of all its layers at once; empty if not asked for.
         moments: of the layers' inputs on the attacked images, see `compensation.Moments`; empty if not asked for.
         robust_loss: in nats.
@@ -57,6 +58,7 @@ class Measurement:
     aliases: dict[str, str]
     gradients: dict[str, Tensor]
     slopes: dict[str, Array]
+    image_shape: tuple[int, ...]
     together: dict[str, float]
     moments: Moments
     robust_loss: float
@@ -251,6 +253,7 @@ def measure(
         aliases=aliases,
         gradients=gradients,
         slopes=relative({name: np.concatenate([own[2][name] for own in found]) for name in parts}),
+        image_shape=tuple(batches[0][0].shape[1:]),
         together=together,
         moments=summed(recorded, device_of(model)),
         robust_loss=robust_loss,

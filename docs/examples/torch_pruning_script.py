@@ -57,8 +57,8 @@ pruner.step()
 # %% [markdown]
 # ## One line changed
 #
-# The importance is another one. It attacks the training images, measures how much robustness hangs on each group of
-# coupled layers, and weights the scores of its channels by that.
+# The importance is another one. It attacks the training images, measures how much robustness hangs on each channel of
+# each group of coupled layers, and lets those go first that matter little for what they cost.
 #
 # Two calls are good for any timm model. `pruner_kwargs`, in place of `ignored_layers`, knows what must keep its width
 # and how to follow the rest; `refresh` puts the sizes right that attention layers keep as numbers.
