@@ -62,6 +62,7 @@ class MRSImportance(tp.importance.Importance):
         round_to: as given to the pruner, which rounds the number of channels down: what is kept becomes a multiple.
         moments: also record, in `measurement().moments`, what `mrpf` needs to let layers make up for lost channels.
         epsilon, estimator, steps, max_batches, precision, channels_last, seed, progress: as for `measure_sensitivity`.
+            The first three bear on what `sensitivity` returns, and not on the scores.
 
     Raises:
         InputError: an argument is unusable; when called, if a group belongs to another model, or the base scores some

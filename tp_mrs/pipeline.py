@@ -197,7 +197,7 @@ def mrpf(
     }
 
     def importance() -> MRSImportance:
-        # α = 0: ratios are per group here, and the base alone decides within a group
+        # ratios are set for each group here, so that the base alone decides; at α = 0 no costs are counted for nothing
         return MRSImportance(model, images, attack, alpha=0.0, moments=compensate, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:
