@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 import torchattacks
 from torch import Tensor, nn
 
-from tests.conftest import Batches, small_cnn, small_resnet, unchanged
+from tests.conftest import Batches, randomised, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, MRSImportance, allocate, measure_sensitivity, pruner_kwargs, refresh
 from tp_mrs.allocation import amount
 from tp_mrs.importance import sorted_copy
@@ -91,20 +92,21 @@ def test_global_pruning_takes_of_each_group_what_allocate_does(alpha: float, bat
 
 
 def test_scores_by_hand(batches: Batches) -> None:
-    """3×3 convolutions of 3 → 8 → 12 channels on 32×32 pixels, a linear layer of 12·4 → 4, all with biases."""
+    """3×3 convolutions of 3 → 8 → 12 channels on 32×32 pixels, a linear layer of 12·4 → 4, all with biases; a norm."""
     model: Any = small_cnn()
     importance = MRSImportance(model, batches, torchattacks.FGSM, base="magnitude", alpha=0.7, min_keep=0.0)
     graph = tp.DependencyGraph().build_dependency(model, EXAMPLE)
-    first, second, third = 8 * (9 * 3 + 1) * 1024, 12 * (9 * 8 + 1) * 1024, 4 * (12 * 4 + 1)
+    first, second, third = 8 * (9 * 3 + 1 + 2) * 1024, 12 * (9 * 8 + 1) * 1024, 4 * (12 * 4 + 1)
     units = importance.sensitivity(EXAMPLE).units
     base = tp.importance.MagnitudeImportance()
     for root, channels, saved in ((0, 8, (first + second) / 8), (3, 12, (second + third) / 12)):
         group = graph.get_pruning_group(model[root], tp.prune_conv_out_channels, list(range(channels)))
         total = count(model, EXAMPLE)[0]
         losses = [sensitivity**2 for sensitivity in sorted(units[str(root)])]
-        q = [k / channels for k in range(1, channels + 1)]
+        q, least = [k / channels for k in range(1, channels + 1)], min(loss for loss in losses if loss > 0)
         expected = [
-            each * ((loss + 1e-12 * each) / (each * saved / total)) ** 0.7 for each, loss in zip(q, losses, strict=True)
+            each * ((loss + 1e-6 * least * each) / (each * saved / total)) ** 0.7
+            for each, loss in zip(q, losses, strict=True)
         ]
         found = importance(group)
         assert found is not None
@@ -227,6 +229,66 @@ def test_some_channels_of_a_group_rank_as_they_do_among_all(base: Any, batches: 
     assert some.argsort().tolist() == all_of_them[[5, 1, 3]].argsort().tolist()
 
 
+GROUPED: dict[str, dict[str, Any]] = {
+    "regnetx_002": {},  # grouped convolutions
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2},  # heads
+    "mobilevit_xxs": {},
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_channels_that_go_together_count_as_one(name: str, batches: Batches) -> None:
+    """By one ratio the base alone decides, and by global pruning no more is kept than by allocate."""
+    model = randomised(timm.create_model(name, num_classes=4, **GROUPED[name])).eval()
+    base = tp.importance.MagnitudeImportance()
+    importance = MRSImportance(model, batches, torchattacks.FGSM, base=base)
+    for repeated in filter(lambda rooted: rooted.repeats > 1, rooted_groups(build_pruner(model, EXAMPLE))):
+        ours, theirs = importance(repeated.raw), base(sorted_copy(repeated.raw))
+        assert ours is not None
+        assert theirs is not None
+        ours, theirs = (scores.view(repeated.repeats, -1).mean(dim=0) for scores in (ours, theirs))
+        assert (theirs[ours.argsort()].diff() >= -1e-5 * theirs.max()).all()
+    dense = copy.deepcopy(model)
+    importance = MRSImportance(model, batches, torchattacks.FGSM)
+    prune(model, importance, pruning_ratio=0.4)
+    reached = amount(refresh(model), EXAMPLE, "macs") / amount(dense, EXAMPLE, "macs")
+    sensitivity = measure_sensitivity(dense, batches, torchattacks.FGSM, example_inputs=EXAMPLE)
+    ratios = allocate(dense, EXAMPLE, sensitivity, macs=reached)
+    names = {module: name for name, module in dense.named_modules()}
+    apart = {}
+    for layer, ratio in ratios.items():
+        before, after = (of.get_parameter(f"{names[layer]}.weight").shape[0] for of in (dense, model))
+        apart[names[layer]] = abs(after / before - (1 - ratio))
+    assert sorted(apart.values())[len(apart) // 2] < 0.06, apart
+    assert sorted(apart.values())[len(apart) * 9 // 10] < 0.15, apart
+
+
+def test_the_cost_of_attention_is_counted(batches: Batches) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **GROUPED["vit_tiny_patch16_224"])
+    importance = MRSImportance(model, batches, torchattacks.FGSM)
+    assert importance._layout().macs["blocks.0.attn.qkv"] > 0.1
+    assert sum(importance._layout().macs.values()) == pytest.approx(1, abs=0.02)
+
+
+def test_in_double_precision(batches: Batches) -> None:
+    model: Any = small_cnn().double()
+    doubled = [(images.double(), labels) for images, labels in batches]
+    group = tp.DependencyGraph().build_dependency(model, EXAMPLE.double())
+    scores = MRSImportance(model, doubled, torchattacks.VANILA)(
+        group.get_pruning_group(model[0], tp.prune_conv_out_channels, list(range(8)))
+    )
+    assert scores is not None
+    assert len(scores.unique()) == 8
+
+
+def test_beyond_min_keep_all_groups_lose_alike(batches: Batches) -> None:
+    model = small_resnet()
+    before = widths(model)
+    prune(model, MRSImportance(model, batches, torchattacks.FGSM, min_keep=0.5), pruning_ratio=0.7)
+    kept = {name: width / before[name] for name, width in widths(model).items()}
+    assert max(kept.values()) < 0.5
+
+
 def test_measures_once_until_shapes_change(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     from tp_mrs import importance as module
 
@@ -249,8 +311,6 @@ def test_measures_once_until_shapes_change(batches: Batches, monkeypatch: pytest
 
 
 def test_attention_survives_iterative_steps() -> None:
-    import timm
-
     model = timm.create_model("mobilevit_xxs", num_classes=4)
     example = torch.rand(2, 3, 64, 64)
     importance = MRSImportance(model, [(example, torch.tensor([0, 1]))], torchattacks.FGSM)

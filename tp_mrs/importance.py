@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +32,10 @@ BASES: dict[str, Callable[[MRSImportance], Any]] = {
 """Name → what scores the channels of a group, for the `MRSImportance` that asks."""
 
 _HIGHEST, _OUT_OF_REACH = 1e24, 1e27
-"""No channel scores more than the first but those that are to stay: the second times 1, 2, … (in float32)."""
+"""No channel scores more than the first but those that are to stay: the second times 1 to 2 (in float32)."""
 
-_TOLD_APART = 1e-12
-"""Loss that channels of no sensitivity count as, the last of a group, so that no two of it score the same."""
+_TOLD_APART, _LEAST = 1e-6, 1e-12
+"""Fraction of a group's least loss above 0, or of the second if it has none, that tells its channels apart."""
 
 
 class MRSImportance(tp.importance.Importance):
@@ -42,7 +43,8 @@ class MRSImportance(tp.importance.Importance):
 
     The base says in which order the channels of a group go. The k-th of n scores `q (T_k² / (q c))^α`, with q = k / n;
     T_k the k-th smallest sensitivity of the group's channels (see `Sensitivity.units`); and c the fraction of the
-    model's multiply-accumulates that goes with one of them. Where all groups lose one ratio, the base alone decides.
+    model's multiply-accumulates, for images as those of `data`, that goes with one of them. Channels that go together,
+    one of each head or group, count as one. Where all groups lose one ratio, the base alone decides.
     The model is measured when the importance is first called, and again once its shapes have changed.
 
     Args:
@@ -118,7 +120,7 @@ class MRSImportance(tp.importance.Importance):
         self._widest: dict[tuple[nn.Module, Callable[..., Any]], int] = {}
         self._settings = {**settings, "moments": moments, "channels_last": channels_last, "progress": progress}
         self._measured: tuple[tuple[torch.Size, ...], Measurement] | None = None
-        self._macs: tuple[Measurement, dict[str, float]] | None = None
+        self._laid_out: tuple[Measurement, _Layout] | None = None
 
     def measurement(self) -> Measurement:
         """Scores and gradients of the model as it is now; measured anew if its shapes have changed."""
@@ -136,36 +138,49 @@ class MRSImportance(tp.importance.Importance):
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
         measurement, names = self.measurement(), self._names(group)
         group, channels = sorted_copy(group), len(group[0].idxs)
-        losses = np.square(np.sort(self._units(group, names, measurement))) + _TOLD_APART * fractions(channels)
-        cost = self._cost(group, names) if self.alpha else 1.0
+        repeats = self._repeats(group, names)
+        units = channels // repeats
+        losses = np.square(np.sort(self._units(group, names, units)))
+        losses += _TOLD_APART * min(losses[losses > 0], default=_LEAST) * fractions(units)
+        cost = repeats * self._cost(group, names) if self.alpha else 1.0
         with lent_gradients(self.model, measurement.gradients):
             scores = checked_scores(self.base(group), channels)
         if scores is None:
             return None
         found = prices(losses, cost, self.alpha).clip(max=_HIGHEST)
-        kept = self._kept(group, channels)
-        found[channels - kept :] = _OUT_OF_REACH * np.arange(1, kept + 1)
-        ordered = torch.empty_like(scores, dtype=torch.float32)
-        ordered[scores.argsort(stable=True)] = torch.tensor(found, dtype=torch.float32, device=scores.device)
-        return ordered
+        kept = math.ceil(self._kept(group, channels) / repeats)
+        found[units - kept :] = _OUT_OF_REACH * (1 + fractions(units)[:kept])
+        ordered = torch.empty(units, device=scores.device)
+        order = scores.view(repeats, units).mean(dim=0).argsort(stable=True)
+        ordered[order] = torch.tensor(found, dtype=torch.float32, device=scores.device)
+        return ordered.repeat(repeats)
 
     def sensitivity_of_channels(self, group: Any) -> Tensor:
         """T_u of each channel of a Torch-Pruning group, see `Sensitivity.units`: (channels of its root,)."""
-        units = self._units(group, self._names(group), self.measurement())
+        units = self._units(group, self._names(group), len(group[0].idxs))
         return torch.tensor(units, device=device_of(self.model)).float()
 
-    def _units(self, group: Any, names: Mapping[nn.Module, str], measurement: Measurement) -> Array:
+    def _units(self, group: Any, names: Mapping[nn.Module, str], count: int) -> Array:
+        """T_u of so many units, of which each is every `count`-th channel of the root."""
+        measurement = self.measurement()
         readers = [
-            (name, item.idxs, item.root_idxs)
+            (name, item.idxs, [index % count for index in item.root_idxs])
             for item in group
             if (name := names.get(item.dep.target.module)) in measurement.slopes
             and side_of(group._DG, item.dep.handler) == "in"
         ]
-        return measurement.units(len(group[0].idxs), readers)
+        return measurement.units(count, readers)
+
+    def _repeats(self, group: Any, names: Mapping[nn.Module, str]) -> int:
+        """How many channels of the group's root go together, with attention heads and grouped convolutions."""
+        table = self._layout().repeats
+        sides = ((names.get(item.dep.target.module), side_of(group._DG, item.dep.handler)) for item in group)
+        repeats = max(table.get(side, 1) for side in sides)
+        return repeats if len(group[0].idxs) % repeats == 0 else 1
 
     def _cost(self, group: Any, names: Mapping[nn.Module, str]) -> float:
         """The fraction of the multiply-accumulates that goes with each channel of the group's root."""
-        macs, cost = self._macs_of_layers(), 0.0
+        macs, cost = self._layout().macs, 0.0
         for item in group:
             module, side = item.dep.target.module, side_of(group._DG, item.dep.handler)
             full = macs.get(names.get(module, ""), 0.0)
@@ -173,15 +188,14 @@ class MRSImportance(tp.importance.Importance):
                 cost += full * len(item.idxs) / width(module, "out" if side == "both" else side)
         return cost / len(group[0].idxs)
 
-    def _macs_of_layers(self) -> dict[str, float]:
-        """Name of each layer → its fraction of the multiply-accumulates; counted anew with each measurement."""
+    def _layout(self) -> _Layout:
+        """Of the model as it was measured last."""
         measurement = self.measurement()
-        if self._macs is None or self._macs[0] is not measurement:
-            example = torch.zeros(1, *measurement.image_shape, device=device_of(self.model))
-            layers = [name for name, module in self.model.named_modules() if isinstance(module, LAYERS)]
-            counted = {name: full for full, name, _ in macs_of(self.model, example, layers) if name in layers}
-            self._macs = measurement, counted
-        return self._macs[1]
+        if self._laid_out is None or self._laid_out[0] is not measurement:
+            first = next(self.model.parameters())
+            example = torch.zeros(1, *measurement.image_shape, device=first.device, dtype=first.dtype)
+            self._laid_out = measurement, _Layout.of(self.model, example)
+        return self._laid_out[1]
 
     def _kept(self, group: Any, channels: int) -> int:
         """How many of the group's channels are to stay, by the most that it has been seen with."""
@@ -196,6 +210,26 @@ class MRSImportance(tp.importance.Importance):
         if any(layer not in names for layer in layers_of(group)):
             raise InputError("model: the pruner prunes another model than the one this MRSImportance was made with")
         return names
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Name of each layer → its fraction of the multiply-accumulates; one of its sides → channels that go together."""
+
+    macs: dict[str, float]
+    repeats: dict[tuple[str | None, str], int]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Tensor) -> _Layout:
+        layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+        macs: dict[str, float] = {}
+        for full, name, _ in macs_of(model, example, layers):
+            macs[name] = macs.get(name, 0.0) + full  # attention is counted as a whole, under its first layer's name
+        groups = prunable_groups(model, example)
+        repeats: dict[tuple[str | None, str], int] = {
+            (member.name, member.side): group.repeats for group in groups for member in group.members
+        }
+        return cls(macs, repeats)
 
 
 def checked_scores(scores: object, channels: int) -> Tensor | None:
