@@ -47,7 +47,6 @@ NAMES = (
     "BN scale, global",
     "Taylor (adversarial), global",
     "Hessian (adversarial), global",
-    "MRSImportance, global",
     "MRS allocate",
 )
 COMPARED: dict[str, Contender] = {
