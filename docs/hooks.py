@@ -33,7 +33,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links from this folder to borrowed pages, which in the repository lie beside it, and on the site within it."""
+    """Links between this folder and borrowed ones, which in the repository lie beside it, and on the site within it."""
+    if page.file.src_uri.startswith("benchmarks/"):
+        return markdown.replace("](../docs/", "](../")
     return markdown if "/" in page.file.src_uri else markdown.replace("](../benchmarks/", "](benchmarks/")
 
 
