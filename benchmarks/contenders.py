@@ -542,7 +542,7 @@ OTHERS: dict[str, Contender] = {
     "prune and measure, L2": Once(allocated(plain(L2), tried)),
 }
 
-OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same, and this one counts no costs
+OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same
 OURS: dict[str, Contender] = {
     "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
     "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),

@@ -142,7 +142,7 @@ class MRSImportance(tp.importance.Importance):
         units = channels // repeats
         losses = np.square(np.sort(self._units(group, names, units)))
         losses += _TOLD_APART * min(losses[losses > 0], default=_LEAST) * fractions(units)
-        cost = repeats * self._cost(group, names) if self.alpha else 1.0
+        cost = repeats * self._cost(group, names)
         with lent_gradients(self.model, measurement.gradients):
             scores = checked_scores(self.base(group), channels)
         if scores is None:

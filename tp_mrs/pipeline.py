@@ -197,7 +197,7 @@ def mrpf(
     }
 
     def importance() -> MRSImportance:
-        # ratios are set for each group here, so that the base alone decides; at α = 0 no costs are counted for nothing
+        # ratios are set for each group here, so that the base alone decides, whatever α is
         return MRSImportance(model, images, attack, alpha=0.0, moments=compensate, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:

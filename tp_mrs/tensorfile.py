@@ -161,7 +161,7 @@ def _open(file: Path, path: str) -> tuple[mmap.mmap, dict[str, Any], int]:
             f"path: cannot read {file} as safetensors ({str(error)[:200]}); write it with tp_mrs.save(model, path)"
         ) from error
     start = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
-    return content, parse(content[8:start].decode(), path, MOST_HEADER), start
+    return content, parse(content[_LENGTH:start].decode(), path, MOST_HEADER), start
 
 
 def _view(content: mmap.mmap, start: int, name: str, entry: Mapping[str, Any], path: str) -> Tensor:
