@@ -77,7 +77,7 @@ class Subject:
         images: int = CALIBRATION_IMAGES,
     ) -> None:
         self._given = model
-        self.data, self.network, self.seed = data, network, seed
+        self.data, self.network, self.seed, self.images = data, network, seed, images
         self.eps = parse_eps(EPS[data.name])
         calibration = random_subset(data.calibration, images, seed=seed)
         self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(calibration, batch_size=128))
@@ -89,6 +89,14 @@ class Subject:
     def model(self) -> nn.Module:
         """The one given, or the trained one."""
         return self._given or dense_network(self.data, self.network, seed=self.seed)
+
+    def of(self, model: nn.Module) -> Subject:
+        """The same images for another network."""
+        return (
+            self
+            if model is self.model
+            else Subject(self.data, self.network, self.seed, model=model, images=self.images)
+        )
 
     @cached_property
     def example(self) -> Tensor:
@@ -445,6 +453,30 @@ def in_rounds(rounds: int, **changes: Any) -> Contender:
     return run
 
 
+def at_once(**changes: Any) -> Prune:
+    """One round of `mrpf` without fine-tuning."""
+    run = in_rounds(1, **changes)
+    return lambda subject, budget: run(subject, budget, 0.0)
+
+
+def in_steps(prune: Prune, steps: int = 4) -> Prune:
+    """Prune by so many equal fractions, each time by what the network that is left gives.
+
+    Where a criterion has a `min_keep`, it is a fraction of what each step finds.
+    """
+
+    def run(subject: Subject, budget: Budget) -> nn.Module:
+        whole = amount(subject.model, subject.example, budget.measure)
+        model = subject.model
+        for step in range(1, steps + 1):
+            there = amount(model, subject.example, budget.measure) / whole
+            wanted = budget.target ** (step / steps) / there
+            model = prune(subject.of(model), Budget(budget.measure, wanted))
+        return model
+
+    return run
+
+
 # --- pruners that regularise before they prune -----------------------------------------------------------------------
 
 UPSTREAM_STEPS = 100 * 391
@@ -544,9 +576,9 @@ OTHERS: dict[str, Contender] = {
 
 OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same
 OURS: dict[str, Contender] = {
-    "mrpf": Once(allocated(OWN, sensitivity, compensate=True)),
-    "mrpf, MART": Once(allocated(OWN, sensitivity, compensate=True), MART),
-    "mrpf, 2 rounds": in_rounds(2),
+    "mrpf": Once(at_once()),
+    "mrpf, MART": Once(at_once(), MART),
+    "mrpf, 2 rounds": in_rounds(2, iterative_steps=2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
@@ -556,12 +588,16 @@ OURS: dict[str, Contender] = {
     "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
     "MRSImportance + L2, global": Once(by_ratio(mrs("magnitude"), "global")),
 }
-"""`mrpf` in one round is taken apart, to be fine-tuned as the others are; `allocate` alone does not compensate."""
+"""`mrpf` in one round is fine-tuned as the others are; `allocate` alone does not compensate, and prunes at once."""
 
 COMPENSATED: dict[str, Contender] = {
     "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
+    "L2, uniform, compensated, 4 steps": Once(in_steps(by_ratio(plain(L2), "uniform", compensate=True))),
     "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
     "MRSImportance, global, compensated": Once(by_ratio(mrs("sensitivity"), "global", compensate=True)),
+    "MRSImportance, global, compensated, 4 steps": Once(
+        in_steps(by_ratio(mrs("sensitivity"), "global", compensate=True))
+    ),
     "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
 }
 """Criteria for Torch-Pruning's pruners with our compensation: what is left of the lead is the sensitivities' own."""
@@ -576,7 +612,8 @@ SETTLED: dict[str, Contender] = {
 """Without compensation, and with what `mrpf` does about BatchNorm, or half of it."""
 
 ABLATIONS: dict[str, Contender] = {
-    "mrpf with new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
+    "mrpf, 1 step": Once(allocated(OWN, sensitivity, compensate=True)),
+    "mrpf, 1 step, new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
     "without attack: clean sensitivity": Once(allocated(mrs("sensitivity", 0.0, "clean"), clean_sensitivity)),
     "without channels: score of the group": Once(allocated(OWN, whole_group)),

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.conftest import image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, Sensitivity, allocate, measure_sensitivity, pruner_kwargs, refresh
-from tp_mrs.allocation import LayerCost, _Plan, amount
+from tp_mrs.allocation import LayerCost, _Plan, amount, least_units
 from tp_mrs.pruning import Group
 
 SIDES = {"small_resnet": 32, "vgg11_bn": 32, "mobilevit_xxs": 64}
@@ -208,7 +208,7 @@ def plans(draw: st.DrawFn) -> _Plan:
         inputs = {f"g{i - 1}": 1 / units[i - 1]} if i else {}
         costs.append(LayerCost(size / sum(full), outputs, inputs))
     losses = {g.name: np.sort(draw(arrays(float, g.units, elements=st.floats(0, 10.0)))) for g in groups}
-    return _Plan(groups, costs, losses, draw(st.floats(0, 2)), draw(st.floats(0.01, 0.5)), None)
+    return _Plan(groups, costs, losses, draw(st.floats(0, 2)), least_units(groups, draw(st.floats(0.01, 0.5))), None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -219,13 +219,13 @@ def test_a_plan_stays_within_its_budget_and_bounds(plan: _Plan, target: float) -
     step = max(plan.cost(kept) - plan.cost({**kept, group.name: max(kept[group.name] - 1, 1)}) for group in plan.groups)
     assert plan.cost(kept) <= target + step + 1e-9 or kept == smallest
     for group in plan.groups:
-        assert max(1, plan.min_keep * group.units - 1e-6) <= kept[group.name] <= group.units
+        assert plan.least[group.name] <= kept[group.name] <= group.units
 
 
 @settings(max_examples=100, deadline=None)
 @given(plan=plans(), low=st.floats(0.1, 10.0), factor=st.floats(1.0, 10.0))
 def test_a_higher_level_never_costs_more(plan: _Plan, low: float, factor: float) -> None:
-    costs = [plan.cost(plan.rounded_down(plan.wanted(level))) for level in (low, low * factor)]
+    costs = [plan.cost(plan.rounded(plan.wanted(level))) for level in (low, low * factor)]
     assert costs[0] >= costs[1] - 1e-12
 
 
@@ -239,7 +239,7 @@ def test_fractions_by_hand() -> None:
         LayerCost(0.25, {}, {"g1": 0.001}),
     ]
     rising = np.arange(1, 1001) / 1000
-    kept = _Plan(groups, costs, {"g0": rising, "g1": 2 * rising}, 1.0, 0.1, None).solve(0.6)
+    kept = _Plan(groups, costs, {"g0": rising, "g1": 2 * rising}, 1.0, {"g0": 100, "g1": 100}, None).solve(0.6)
     expected = (2.25 - math.sqrt(2.25**2 - 4 * 0.4)) / 2
     assert [1 - kept[name] / 1000 for name in ("g0", "g1")] == pytest.approx([2 * expected, expected], abs=0.002)
 

@@ -58,7 +58,10 @@ def test_a_contender_meets_the_budget_and_leaves_the_dense_network_alone(subject
 
 def test_mrpf_taken_apart_is_mrpf(subject: Subject) -> None:
     budget = Budget("macs", 0.5)
-    apart, whole = CONTENDERS["mrpf"](subject, budget, 0), roster.in_rounds(1)(subject, budget, 0)
+    apart, whole = (
+        CONTENDERS["mrpf, 1 step"](subject, budget, 0),
+        roster.in_rounds(1, iterative_steps=1)(subject, budget, 0),
+    )
     for (name, ours), theirs in zip(apart.state_dict().items(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 

@@ -43,8 +43,9 @@ def allocate(
     Each group loses as many units (channels that go together) as have a small sensitivity for what they cost: those
     with `q · (T_u² / (q c_u))^α ≤ λ`, where T_u is the unit's sensitivity (`Sensitivity.units`), c_u what removing it
     saves, and q the fraction of the group's units that are no more sensitive than u. At α = 1 this is `T_u² / c_u ≤ λ`,
-    the least Σ T_u² for the budget; at α = 0 all groups lose the same fraction. λ is found by bisection; channels lost
-    to rounding go to the groups that rounding hurt most. The budget is then counted on a pruned copy of the model.
+    the least Σ T_u² for the budget; at α = 0 all groups lose the same fraction. λ is found by bisection; what is left
+    over, as units are whole, goes to the groups that lost their last unit most barely. The budget is then counted on a
+    pruned copy of the model.
     Which channels go is up to the importance that you prune with.
 
     Args:
@@ -75,12 +76,54 @@ def allocate(
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
+    kept = plan_for(
+        *(model, example_inputs, groups, sensitivity, measure, target),
+        alpha=alpha,
+        least=least_units(groups, min_keep),
+        round_to=round_to,
+    )
+    return ratios_of(model, groups, kept)
+
+
+def plan_for(
+    model: nn.Module,
+    example_inputs: Tensor,
+    groups: Sequence[Group],
+    sensitivity: Sensitivity | Mapping[str, float],
+    measure: str,
+    target: float,
+    *,
+    alpha: float,
+    least: Kept,
+    round_to: int | None,
+    otherwise: Kept | None = None,
+) -> Kept:
+    """What `allocate` would keep of each group; its arguments are checked already, but for `sensitivity`.
+
+    Args:
+        least: units of each group that stay.
+        otherwise: what to keep if no plan is found that meets the budget.
+    """
     losses = _losses(sensitivity, groups)
     if isinstance(sensitivity, Sensitivity):
         _check_sizes(model, sensitivity.sizes)
-    plan = _Plan(groups, costs_of(model, example_inputs, groups, measure), losses, alpha, min_keep, round_to)
+    plan = _Plan(groups, costs_of(model, example_inputs, groups, measure), losses, alpha, least, round_to)
     dense = amount(model, example_inputs, measure)
-    kept = _meet(plan, target, measure, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
+    kept, nearest = _meet(plan, target, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
+    found = kept or otherwise
+    if found is None:
+        raise _unreachable(measure, target, nearest, round_to)
+    return found
+
+
+def part_of_the_way(groups: Iterable[Group], plan: Kept, part: float, round_to: int | None) -> Kept:
+    """Units kept when `part` of the way to `plan` is gone, evenly in their logarithms; multiples as in a plan."""
+    wanted = {group.name: group.units * (plan[group.name] / group.units) ** part for group in groups}
+    return {group.name: _rounded(wanted[group.name], _choices(group, plan[group.name], round_to)) for group in groups}
+
+
+def ratios_of(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dict[nn.Module, float]:
+    """A `pruning_ratio_dict` that keeps so many units of each group."""
     modules = dict(model.named_modules())
     return {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
 
@@ -105,13 +148,18 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
         check_count("round_to", round_to)
 
 
+def least_units(groups: Iterable[Group], min_keep: float) -> Kept:
+    """How many units of each group are this fraction of them, at least one."""
+    return {group.name: max(1, math.ceil(min_keep * group.units - 1e-9)) for group in groups}
+
+
 def check_reachable(
-    model: nn.Module, example_inputs: Tensor, measure: str, target: float, *, min_keep: float, round_to: int | None
+    model: nn.Module, example_inputs: Tensor, measure: str, target: float, *, least: Kept, round_to: int | None
 ) -> None:
     """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""
     groups = prunable_groups(model, example_inputs)
-    least = {group.name: _choices(group, min_keep, round_to)[0] for group in groups}
-    reached = _counted(model, example_inputs, groups, least, measure) / amount(model, example_inputs, measure)
+    kept = {group.name: _choices(group, least[group.name], round_to)[0] for group in groups}
+    reached = _counted(model, example_inputs, groups, kept, measure) / amount(model, example_inputs, measure)
     if reached > target * (1 + TOLERANCE):
         raise _unreachable(measure, target, reached, round_to)
 
@@ -202,7 +250,7 @@ class _Plan:
     costs: Sequence[LayerCost]
     losses: Mapping[str, Array]
     alpha: float
-    min_keep: float
+    least: Kept
     round_to: int | None
 
     @cached_property
@@ -216,7 +264,7 @@ class _Plan:
         return found
 
     def choices(self, group: Group) -> list[int]:
-        return _choices(group, self.min_keep, self.round_to)
+        return _choices(group, self.least[group.name], self.round_to)
 
     def wanted(self, level: float) -> dict[str, float]:
         """Units that each group would keep at λ = `level` if they could be split."""
@@ -225,12 +273,8 @@ class _Plan:
             for group in self.groups
         }
 
-    def rounded_down(self, wanted: Mapping[str, float]) -> Kept:
-        kept = {}
-        for group in self.groups:
-            choices = self.choices(group)
-            kept[group.name] = max((c for c in choices if c <= wanted[group.name] + 1e-9), default=choices[0])
-        return kept
+    def rounded(self, wanted: Mapping[str, float]) -> Kept:
+        return {group.name: _rounded(wanted[group.name], self.choices(group)) for group in self.groups}
 
     def cost(self, kept: Kept) -> float:
         removed = {group.name: group.units - kept[group.name] for group in self.groups}
@@ -244,8 +288,8 @@ class _Plan:
         low, high = 1e-9 * float(limits[limits > 0].min()), 2 * float(limits.max())
         for _ in range(200):
             middle = math.sqrt(low) * math.sqrt(high)
-            low, high = (low, middle) if self.cost(self.rounded_down(self.wanted(middle))) <= target else (middle, high)
-        kept = self._filled(self.rounded_down(self.wanted(high)), self.wanted(low), target)
+            low, high = (low, middle) if self.cost(self.rounded(self.wanted(middle))) <= target else (middle, high)
+        kept = self._filled(self.rounded(self.wanted(high)), self.wanted(low), target)
         return kept if self.cost(kept) >= target * (1 - TOLERANCE / 2) else self._exchanged(kept, target)
 
     def _filled(self, kept: Kept, wanted: Mapping[str, float], target: float) -> Kept:
@@ -273,12 +317,16 @@ class _Plan:
         return min(moves, key=lambda plan: abs(self.cost(plan) - target))
 
 
-def _choices(group: Group, min_keep: float, round_to: int | None) -> list[int]:
+def _choices(group: Group, least: int, round_to: int | None) -> list[int]:
     """Numbers of units that the group may keep, ascending."""
     step = 1 if round_to is None else round_to // math.gcd(round_to, group.repeats)
-    lowest = max(1, math.ceil(min_keep * group.units - 1e-9))
-    multiples = [units for units in range(step, group.units, step) if units >= lowest]
+    multiples = [units for units in range(step, group.units, step) if units >= least]
     return [*multiples, group.units]
+
+
+def _rounded(wanted: float, choices: Sequence[int]) -> int:
+    """The least choice that is not below: a unit goes once all of it is to go."""
+    return next(choice for choice in choices if choice >= wanted - 1e-9)
 
 
 def _near(choices: Sequence[int], current: int) -> Sequence[int]:
@@ -290,17 +338,20 @@ def _near(choices: Sequence[int], current: int) -> Sequence[int]:
 # --- meeting the budget ------------------------------------------------------------------------------------------
 
 
-def _meet(plan: _Plan, target: float, measure: str, counted: Callable[[Kept], float]) -> Kept:
-    """A plan that really costs `target` within the tolerance: aim, count, and aim anew by what the estimate missed."""
+def _meet(plan: _Plan, target: float, counted: Callable[[Kept], float]) -> tuple[Kept | None, float]:
+    """A plan that really costs `target` within the tolerance, and what it costs: the nearest, if there is no plan.
+
+    Aim, count, and aim anew by what the estimate missed.
+    """
     aim, nearest = target, math.inf
     for _ in range(8):
         kept = plan.solve(aim)
         real = counted(kept)
         nearest = min(nearest, real, key=lambda value: abs(value - target))
         if abs(real - target) <= TOLERANCE * target:
-            return kept
+            return kept, real
         aim = target + plan.cost(kept) - real
-    raise _unreachable(measure, target, nearest, plan.round_to)
+    return None, nearest
 
 
 def _unreachable(measure: str, target: float, nearest: float, round_to: int | None) -> InputError:
@@ -312,9 +363,7 @@ def _unreachable(measure: str, target: float, nearest: float, round_to: int | No
 def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:
     """How much a pruned copy of the model really has."""
     pruned = copied(model)
-    modules = dict(pruned.named_modules())
-    ratios = {modules[group.name]: _ratio(kept[group.name], group.units) for group in groups}
-    prune_by_ratio(pruned, example_inputs, ratios)
+    prune_by_ratio(pruned, example_inputs, ratios_of(pruned, groups, kept))
     return amount(pruned, example_inputs, measure)
 
 

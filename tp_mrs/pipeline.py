@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import allocate, amount, check_allocation, check_reachable, single_budget
+from .allocation import (
+    Kept,
+    amount,
+    check_allocation,
+    check_reachable,
+    least_units,
+    part_of_the_way,
+    plan_for,
+    ratios_of,
+    single_budget,
+)
 from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
@@ -25,7 +36,7 @@ from .finetuning import Finetuning, check_training, finetune
 from .importance import BaseName, MRSImportance
 from .measuring import Estimator
 from .processes import gather, place
-from .pruning import prune_by_ratio, width
+from .pruning import prunable_groups, prune_by_ratio, width
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
 from .stages import Stages, plainly
@@ -44,7 +55,7 @@ class Round:
     Attributes:
         target: the budget after this round, as a fraction of the dense model.
         reached: what the pruned model really has, likewise.
-        sensitivity: of the model before pruning.
+        sensitivity: of the model before pruning, as measured for the first of the round's steps.
         ratios: root layer of each group → fraction of its channels that went.
         widths: root layer of each group → its output channels before and after pruning, in the order of the network.
         pruned: evaluation after recalibrating, before fine-tuning; None without test data.
@@ -116,6 +127,7 @@ def mrpf(
     params: float | None = None,
     channels: float | None = None,
     rounds: int = 1,
+    iterative_steps: int = 4,
     alpha: float = 0.5,
     min_keep: float = 0.1,
     round_to: int | None = None,
@@ -138,9 +150,10 @@ def mrpf(
 ) -> Report:
     """Module Robust Pruning and Fine-tuning: make `model` smaller, in place, keeping its robustness.
 
-    Each round measures the sensitivity of the coupled groups, sets their pruning ratios by it (`allocate`), prunes with
-    Torch-Pruning, has layers make up for what they lose (`compensated_step`), sets BatchNorm's means anew
-    (`recalibrate`), and fine-tunes adversarially. The budget falls geometrically over the rounds.
+    Each round prunes in several steps and ends with adversarial fine-tuning. A step measures the sensitivity of the
+    coupled groups, plans their pruning ratios by it (`allocate`), prunes part of the way with Torch-Pruning, has layers
+    make up for what they lose (`compensated_step`), and sets BatchNorm's means anew (`recalibrate`). The budget falls
+    geometrically over the rounds.
 
     Source: Bai et al., arXiv 2410.15176 (a reconstruction).
 
@@ -150,14 +163,17 @@ def mrpf(
         train_data: as for `finetune`.
         attack: for measuring; a torchattacks attack on `model`, or a factory `model -> attack`.
         macs, params, channels: the budget, as a fraction of the dense model's; give exactly one.
-        rounds: how many times to measure, prune and fine-tune.
-        alpha, min_keep, round_to: as for `allocate`.
+        rounds: how many times to prune and fine-tune.
+        iterative_steps: of measuring and pruning, in each round. With more, sensitivities and what layers make up for
+            stay those of the network that is pruned next, which counts where much goes; each costs a measurement.
+        alpha, round_to: as for `allocate`.
+        min_keep: least fraction of the dense model's channels that a group keeps, in (0, 1].
         base: which channels go within a group, as for `MRSImportance`.
         compensate: let layers make up for the channels that they lose, as `compensated_step` does. If not, BatchNorm's
             variances are set anew, too.
         epsilon, estimator, steps: as for `MRSImportance`.
         calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
-        max_batches: of the calibration data, per round.
+        max_batches: of the calibration data, per step.
         test_data: for evaluating before, after pruning and after fine-tuning; None to skip that.
         attacks: for evaluating.
         epochs: of fine-tuning, each round; 0 for none.
@@ -179,7 +195,8 @@ def mrpf(
         DivergenceError: a loss is not finite.
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
-    check_options(rounds=rounds, epochs=epochs, alpha=alpha, min_keep=min_keep, round_to=round_to)
+    allocating: dict[str, Any] = {"alpha": alpha, "min_keep": min_keep, "round_to": round_to}
+    check_options(rounds=rounds, iterative_steps=iterative_steps, epochs=epochs, **allocating)
     check_flag("compensate", compensate)
     check_example_inputs(model, example_inputs)
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
@@ -209,11 +226,11 @@ def mrpf(
 
     with naming(source):
         importance()  # checks its arguments
-    allocating = {"alpha": alpha, "min_keep": min_keep, "round_to": round_to}
     settings = {
         "budget": budget,
         "target": target,
         "rounds": rounds,
+        "iterative_steps": iterative_steps,
         **allocating,
         "base": base if isinstance(base, str) else type(base).__name__,
         "compensate": compensate,
@@ -222,7 +239,8 @@ def mrpf(
         "eps": eps,
         "seed": seed,
     }
-    check_reachable(model, example_inputs, budget, target ** (1 / rounds), min_keep=min_keep, round_to=round_to)
+    least = least_units(prunable_groups(model, example_inputs), min_keep)
+    check_reachable(model, example_inputs, budget, target, least=least, round_to=round_to)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
@@ -234,57 +252,72 @@ def mrpf(
     def prepare() -> dict[str, Any]:
         return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
 
-    def prune(goal: float, dense: float) -> dict[str, Any]:
-        fraction = min(goal * dense / amount(model, example_inputs, budget), 1.0)
+    def prune(goal: float, left: int, planned: Kept | None) -> dict[str, Any]:
+        """The first of the steps that are left to the goal; `planned` is what the one before meant to keep."""
         scores = importance()
         with naming(source):
             sensitivity = scores.sensitivity(example_inputs)
-        wanted: dict[str, Any] = {**allocating, budget: fraction}
-        ratios = allocate(model, example_inputs, sensitivity, **wanted)
-        roots = {name: module for name, module in model.named_modules() if module in ratios}
-        before = {name: width(root, "out") for name, root in roots.items()}
+        groups = prunable_groups(model, example_inputs)
+        fraction = min(goal / amount(model, example_inputs, budget), 1.0)
+        plan = plan_for(
+            *(model, example_inputs, groups, sensitivity, budget, fraction),
+            alpha=alpha,
+            least=least,
+            round_to=round_to,
+            otherwise=planned,  # with few channels left to choose from, it may be the only one
+        )
+        kept = part_of_the_way(groups, plan, 1 / left, round_to)
+        widths = {group.name: width(model.get_submodule(group.name), "out") for group in groups}
         step = partial(step_with, moments=scores.measurement().moments) if compensate else methodcaller("step")
-        prune_by_ratio(model, example_inputs, ratios, scores, step)
+        prune_by_ratio(model, example_inputs, ratios_of(model, groups, kept), scores, step)
         with naming(source):
             anew = not compensate
             recalibrate(model, images, variances=anew, max_batches=max_batches, seed=seed, progress=progress)
         return {
-            "reached": amount(model, example_inputs, budget) / dense,
+            "plan": plan,
+            "kept": {group.name: kept[group.name] / group.units for group in groups},
+            "widths": {name: (before, width(model.get_submodule(name), "out")) for name, before in widths.items()},
+            "reached": amount(model, example_inputs, budget),
             "sensitivity": sensitivity.to_dict(),
-            "ratios": {name: ratios[root] for name, root in roots.items()},
-            "widths": {name: (before[name], width(root, "out")) for name, root in roots.items()},
-            "pruned": _plain(assess()),
+            "pruned": _plain(assess()) if left == 1 else None,
         }
 
     start = stages.do("dense", prepare)
     done: list[Round] = []
     for index in range(rounds):
         goal = target ** ((index + 1) / rounds)
-        made = stages.do(f"round-{index + 1}-pruned", partial(prune, goal, start["dense"]))
-        logger.info(
-            "round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * made["reached"]
-        )
+        made: list[dict[str, Any]] = []
+        for left in range(iterative_steps, 0, -1):
+            planned = made[-1]["plan"] if made else None
+            name = f"round-{index + 1}-step-{len(made) + 1}"
+            made.append(stages.do(name, partial(prune, goal * start["dense"], left, planned)))
+        reached = made[-1]["reached"] / start["dense"]
+        logger.info("round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * reached)
         record = None
         if epochs > 0:
             file = stages.file(f"round-{index + 1}-training")
             record = finetune(model, train_data, epochs=epochs, seed=seed + index, checkpoint=file, **training)
-        done.append(
-            Round(
-                goal,
-                made["reached"],
-                Sensitivity.from_dict(made["sensitivity"]),
-                made["ratios"],
-                {name: (before, after) for name, (before, after) in made["widths"].items()},
-                _evaluation(made["pruned"]),
-                record,
-            )
-        )
+        done.append(_round(goal, reached, made, record))
     evaluations = [_evaluation(start["before"]), done[-1].pruned, assess() if epochs > 0 else done[-1].pruned]
     if dense is not None:
         evaluations = _with_latencies(evaluations, dense, model, example_inputs[:1])
     before, pruned, after = evaluations
     done[-1] = replace(done[-1], pruned=pruned)
     return Report(before, after, tuple(done), settings)
+
+
+def _round(target: float, reached: float, steps: Sequence[Mapping[str, Any]], finetuning: Finetuning | None) -> Round:
+    """What the steps of a round come to."""
+    first, last = steps[0], steps[-1]
+    return Round(
+        target,
+        reached,
+        Sensitivity.from_dict(first["sensitivity"]),
+        {name: 1 - math.prod(step["kept"][name] for step in steps) for name in first["kept"]},
+        {name: (before, last["widths"][name][1]) for name, (before, _) in first["widths"].items()},
+        _evaluation(last["pruned"]),
+        finetuning,
+    )
 
 
 def _with_latencies(
@@ -305,8 +338,11 @@ def _evaluation(content: dict[str, Any] | None) -> Evaluation | None:
     return None if content is None else Evaluation.from_dict(content)
 
 
-def check_options(*, rounds: int, epochs: float, alpha: float, min_keep: float, round_to: int | None) -> None:
+def check_options(
+    *, rounds: int, iterative_steps: int, epochs: float, alpha: float, min_keep: float, round_to: int | None
+) -> None:
     """Raise `InputError` unless these arguments of `mrpf` are usable."""
     check_count("rounds", rounds)
+    check_count("iterative_steps", iterative_steps)
     check_number("epochs", epochs, low=0)
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)

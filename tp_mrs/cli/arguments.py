@@ -137,7 +137,8 @@ def _pruning() -> argparse.ArgumentParser:
     group.add_argument("--macs", type=float, help="fraction of multiply-accumulates to keep (0.5)")
     group.add_argument("--params", type=float, help="fraction of parameters to keep, instead")
     group.add_argument("--channels", type=float, help="fraction of channels to keep, instead")
-    group.add_argument("--rounds", type=int, default=1, help="of measuring, pruning and fine-tuning (1)")
+    group.add_argument("--rounds", type=int, default=1, help="of pruning and fine-tuning (1)")
+    group.add_argument("--iterative-steps", type=int, default=4, help="of measuring and pruning, each round (4)")
     group.add_argument("--alpha", type=float, default=0.5, help="how much sensitivity counts (0.5); 0: not at all")
     group.add_argument(
         "--base", default="sensitivity", help=f"picks channels in a group: {', '.join(BASES)} (sensitivity)"

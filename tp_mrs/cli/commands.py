@@ -109,6 +109,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
     check_choice("base", arguments.base, BASES)
     check_options(
         rounds=arguments.rounds,
+        iterative_steps=arguments.iterative_steps,
         epochs=arguments.epochs,
         alpha=arguments.alpha,
         min_keep=arguments.min_keep,
@@ -128,6 +129,7 @@ def _prune(arguments: argparse.Namespace, device: torch.device) -> Result:
             job.attack,
             **{name: getattr(arguments, name) for name in BUDGETS},
             rounds=arguments.rounds,
+            iterative_steps=arguments.iterative_steps,
             alpha=arguments.alpha,
             min_keep=arguments.min_keep,
             round_to=arguments.round_to,
@@ -211,7 +213,10 @@ def _previewed(job: Job) -> Result:
     """What `tp-mrs prune` would do: by the dense model's sensitivity, or the shapes of one that is not there yet."""
     arguments, dense = job.arguments, job.known_model()
     model = job.untrained() if dense is None else dense
-    notes = [f"{arguments.rounds} rounds: this is what they come to; each measures anew."] * (arguments.rounds > 1)
+    steps = arguments.rounds * arguments.iterative_steps
+    notes = [f"By one measurement; the run takes {steps} steps, measures before each, and differs a little."] * (
+        steps > 1
+    )
     if dense is None:
         how = (
             f"the run trains one, {arguments.dense_epochs:g} epochs" if arguments.dense_epochs else "the run needs one"

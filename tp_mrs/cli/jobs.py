@@ -219,7 +219,7 @@ class Job:
         once = attack_passes(arguments.attack) + 1 + ascent
         return {
             **({"training a dense model": epoch * (arguments.dense_epochs or 0)} if dense else {}),
-            "measuring": arguments.rounds * once * calibration / images,
+            "measuring": arguments.rounds * arguments.iterative_steps * once * calibration / images,
             "fine-tuning": arguments.rounds * epoch * arguments.epochs,
             "evaluating": evaluations * evaluation_passes(arguments.attacks) * tested / images,
         }
