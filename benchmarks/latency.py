@@ -26,9 +26,9 @@ import tp_mrs
 from benchmarks.contenders import CONTENDERS, OWN, Budget, Contender, Once, Subject, allocated, sensitivity
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
+from tp_mrs.counting import count
 from tp_mrs.data import load_data
 from tp_mrs.files import read_json, write_json
-from tp_mrs.pruning import count
 
 RESULT = RESULTS / "latency.json"
 FORMAT = "tp_mrs.latency/1"
@@ -104,7 +104,7 @@ def measure(name: str) -> dict[str, Any]:
     images = torch.rand(1, 3, SIDE, SIDE)
     halve(pruned, images)
     before, after = count(dense, images), count(pruned, images)
-    row: dict[str, Any] = {"macs": round(after[0] / before[0], 3), "params": round(after[1] / before[1], 3)}
+    row: dict[str, Any] = {"macs": round(after.macs / before.macs, 3), "params": round(after.params / before.params, 3)}
     for batch, threads in BATCHES:
         torch.set_num_threads(threads)
         ours, theirs = (forward(model, batch, images) for model in (pruned, dense))

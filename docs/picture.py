@@ -18,7 +18,8 @@ import torch
 import tp_mrs
 from benchmarks.networks import NETWORKS
 from tp_mrs import Sensitivity
-from tp_mrs.pruning import count, prune_by_ratio
+from tp_mrs.counting import count
+from tp_mrs.pruning import prune_by_ratio
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/sensitivity-digits-resnet18.json"
@@ -71,7 +72,7 @@ def _cost(model: torch.nn.Module, images: torch.Tensor, group: str) -> float:
     pruned = copy.deepcopy(model)
     root: Any = pruned.get_submodule(group)
     prune_by_ratio(pruned, images, {root: 0.99 / root.out_channels})
-    return 1 - count(pruned, images)[0] / count(model, images)[0]
+    return 1 - count(pruned, images).macs / count(model, images).macs
 
 
 # --- the network -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.conftest import image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, Sensitivity, allocate, measure_sensitivity, pruner_kwargs, refresh
-from tp_mrs.allocation import LayerCost, _Plan, amount, least_units
+from tp_mrs.allocation import LayerCost, _Plan, amount, least_units, part_of_the_way
 from tp_mrs.pruning import Group
 
 SIDES = {"small_resnet": 32, "vgg11_bn": 32, "mobilevit_xxs": 64}
@@ -271,3 +271,34 @@ def test_alpha_zero_takes_the_same_fraction_of_all(plan: _Plan, level: float) ->
 @given(plan=plans())
 def test_nothing_removed_costs_everything(plan: _Plan) -> None:
     assert plan.cost({group.name: group.units for group in plan.groups}) == pytest.approx(1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans(), level=st.floats(1e-3, 1e3))
+def test_a_unit_goes_once_its_price_is_reached(plan: _Plan, level: float) -> None:
+    kept = plan.rounded(plan.wanted(level))
+    for group in plan.groups:
+        due = int(np.count_nonzero(plan.limits[group.name][1:] <= level))
+        assert kept[group.name] == max(group.units - due, plan.least[group.name])
+
+
+# --- steps towards a plan ----------------------------------------------------------------------------------------
+
+
+def test_steps_towards_a_plan_by_hand() -> None:
+    groups = [Group("narrow", 64, 1, (), ()), Group("whole", 10, 1, (), ()), Group("heads", 32, 4, (), ())]
+    plan = {"narrow": 4, "whole": 10, "heads": 8}
+    assert part_of_the_way(groups, plan, 0.5, None) == {"narrow": 16, "whole": 10, "heads": 16}
+    assert part_of_the_way(groups, plan, 0.25, None) == {"narrow": 32, "whole": 10, "heads": 23}  # 32 · (1/4)^¼ = 22.6
+    assert part_of_the_way(groups, plan, 0.25, 8) == {"narrow": 32, "whole": 10, "heads": 24}  # of 4 heads, 2 are 8
+    assert part_of_the_way(groups, plan, 1.0, None) == plan
+
+
+@given(units=st.integers(1, 2000), left=st.integers(1, 10), data=st.data())
+def test_steps_end_at_the_plan(units: int, left: int, data: st.DataObject) -> None:
+    plan = data.draw(st.integers(1, units))
+    widths = [units]
+    for rest in range(left, 0, -1):
+        widths.append(part_of_the_way([Group("g", widths[-1], 1, (), ())], {"g": plan}, 1 / rest, None)["g"])
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] == plan

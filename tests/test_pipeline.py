@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
-from tp_mrs import InputError, mrpf
+from tp_mrs import InputError, MRSImportance, mrpf
 from tp_mrs.allocation import amount
 from tp_mrs.checkpoints import Checkpoint
 
@@ -68,6 +68,45 @@ def test_without_fine_tuning_or_test_data(batches: Batches) -> None:
     report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, epochs=0)
     assert (report.before, report.after, report.rounds[0].finetuning) == (None, None, None)
     assert model(EXAMPLE).shape == (1, 4)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_step_goes_by_its_own_measurement(steps: int, batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    measure = MRSImportance.measurement
+
+    def noted(self: MRSImportance) -> Any:
+        width = len(self.model.get_parameter("conv1.weight"))
+        if width not in widths:
+            widths.append(width)
+        return measure(self)
+
+    monkeypatch.setattr(MRSImportance, "measurement", noted)
+    model = small_resnet()
+    report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.3, iterative_steps=steps, epochs=0)
+    assert len(widths) == steps
+    assert widths == sorted(widths, reverse=True)
+    (done,) = report.rounds
+    before, after = done.widths["conv1"]
+    assert (before, after) == (64, len(model.get_parameter("conv1.weight")))
+    assert done.ratios["conv1"] == pytest.approx(1 - after / before)
+    assert done.sensitivity.sizes["conv1"] == 64 * 3 * 49  # of the dense model, all the same
+    assert report.settings["iterative_steps"] == steps
+
+
+def test_in_rounds_min_keep_is_of_the_dense_model(batches: Batches) -> None:
+    arguments: dict[str, Any] = {"alpha": 3.0, "min_keep": 0.25, "rounds": 2, "epochs": 0}
+    report = mrpf(small_resnet(), EXAMPLE, batches, torchattacks.FGSM, macs=0.3, **arguments)
+    assert min(after / before for before, after in report.widths.values()) >= 0.25
+    model = small_resnet()
+    with unchanged(model), pytest.raises(InputError, match=r"macs=0.1: can't be met .* or lower min_keep"):
+        mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.1, **arguments)
+
+
+def test_with_few_channels_the_plan_of_the_first_step_holds(batches: Batches) -> None:
+    """From the widths after three of four steps, no other plan meets it; from the dense model, one does."""
+    report = mrpf(small_cnn(), EXAMPLE, batches, torchattacks.FGSM, macs=0.48, iterative_steps=4, epochs=0)
+    assert report.rounds[0].reached == pytest.approx(0.48, rel=0.01)
 
 
 def test_frozen_layers_stay_frozen(batches: Batches) -> None:
@@ -127,6 +166,7 @@ def test_same_seed_same_model(batches: Batches) -> None:
         ({"macs": 1.2}, "macs: expected"),
         ({"macs": 0.5, "params": 0.5}, "give exactly one budget"),
         ({"macs": 0.5, "rounds": 0}, "rounds"),
+        ({"macs": 0.5, "iterative_steps": 0}, "iterative_steps: expected an integer >= 1"),
         ({"macs": 0.5, "epochs": -1}, "epochs"),
         ({"macs": 0.5, "alpha": -1}, "alpha"),
         ({"macs": 0.5, "compensate": "no"}, "compensate: expected True or False, got 'no'"),
@@ -218,7 +258,7 @@ def without_times(content: Any) -> Any:
 def test_an_interrupted_job_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, weights = prune(None, monkeypatch)
     folder = tmp_path / "job"
-    for stop in (3, 1, 2, 1):  # in the first round, between the rounds, and in the second
+    for stop in (3, 1, 2, 1, 2, 3):  # in the first round, between its steps, between the rounds, and in the second
         with pytest.raises(StopError):
             prune(folder, monkeypatch, stop=stop)
     for _ in range(2):  # the second time everything is done already

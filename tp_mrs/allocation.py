@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .borrowing import copied
 from .costs import LayerCost, costs_of, fractions, prices
+from .counting import count
 from .errors import InputError, check_count, check_example_inputs, check_number
-from .pruning import Group, count, prunable_groups, prune_by_ratio
+from .pruning import Group, prunable_groups, prune_by_ratio
 from .sensitivity import Sensitivity
 from .uncertainty import Array
 
@@ -232,8 +233,8 @@ def amount(model: nn.Module, example_inputs: Tensor, measure: str) -> int:
     """How much the model has of `measure`: MACs for one image, parameters, or prunable channels (units)."""
     if measure == "channels":
         return sum(group.units for group in prunable_groups(model, example_inputs))
-    macs, params = count(model, example_inputs)
-    return macs if measure == "macs" else params
+    counted = count(model, example_inputs)
+    return counted.macs if measure == "macs" else counted.params
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

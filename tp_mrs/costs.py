@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from .borrowing import borrowed
+from .counting import count
 from .pruning import LAYERS, Group, width
 from .uncertainty import Array
 
@@ -68,15 +67,14 @@ def costs_of(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], 
 
 def macs_of(model: nn.Module, example_inputs: Tensor, layers: Iterable[str]) -> Iterator[tuple[float, str, str]]:
     """Fraction of the multiply-accumulates, and the layers whose outputs and inputs it shrinks with."""
-    with borrowed(model):
-        total, _, by_module, _ = tp.utils.count_ops_and_params(model, example_inputs[:1], layer_wise=True)
+    total, _, by_module = count(model, example_inputs)
     for name, module in model.named_modules():
         children = list(module.children())
-        if any(by_module.get(child) is not None for child in children):
+        if any(child in by_module for child in children):
             continue  # counted child by child
         if children:  # counted as a whole, like attention: it shrinks with its first layer
             name = next((layer for layer in layers if layer.startswith(f"{name}.")), "")
-        yield (by_module.get(module) or 0) / total, name, name
+        yield by_module.get(module, 0.0) / total, name, name
 
 
 def _params(model: nn.Module) -> Iterator[tuple[float, str, str]]:

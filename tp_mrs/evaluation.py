@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .attacks import AttackLike, Perturb, bind, build, named_attack, parse_eps
 from .batches import checked_batches, num_outputs
 from .borrowing import borrowed, seed_all
+from .counting import count
 from .errors import DivergenceError, InputError, check_choice, check_flag, check_seed, device_of, naming
 from .masking import Sample, contradictions, failures
 from .numerics import culprit
 from .processes import failing_together, gather, place
 from .proportions import Difference, Outcomes, paired_difference, wilson
-from .pruning import count
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def evaluate(
                     hits[name][index] = correct(model, perturb(images, labels), labels, name)
         assert example is not None  # noqa: S101 (checked_batches raises where there is no batch)
         outcomes = _gathered(hits)
-        macs, params = count(model, example)
+        counted = count(model, example)
         milliseconds = gather(measure_latency(model, example) if latency and number == 0 else None)[0]
         failed = failures(model, sample.batches()) if masking else ()
     named = {attack: outcomes[attack] for attack in attacks if isinstance(attack, str)}
@@ -247,8 +247,8 @@ def evaluate(
         robust=accuracy,
         worst=float(np.logical_and.reduce(list(outcomes.values())).mean()),
         images=len(outcomes["clean"]),
-        macs=macs,
-        params=params,
+        macs=counted.macs,
+        params=counted.params,
         size_bytes=size_in_bytes(model),
         latency_ms=milliseconds,
         eps=eps,

@@ -232,13 +232,6 @@ def prune_by_ratio(
     refresh(model)
 
 
-def count(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
-    """MACs for one image, and parameters, as Torch-Pruning counts them."""
-    with borrowed(model):
-        macs, params = tp.utils.count_ops_and_params(model, example_inputs[:1])
-    return int(macs), int(params)
-
-
 def width(module: nn.Module, side: Literal["out", "in"]) -> int:
     """Number of output or input channels of a layer; 0 for what has none."""
     names = {

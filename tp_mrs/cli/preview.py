@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tp_mrs.allocation import allocate
 from tp_mrs.attacks import parse_name
 from tp_mrs.borrowing import copied
+from tp_mrs.counting import count
 from tp_mrs.objectives import OBJECTIVES
-from tp_mrs.pruning import count, prunable_groups, prune_by_ratio, width
+from tp_mrs.pruning import prunable_groups, prune_by_ratio, width
 from tp_mrs.sensitivity import Sensitivity
 
 FORWARD = 1 / 3
@@ -108,8 +109,9 @@ def preview(
 ) -> Preview:
     """The `Preview` of pruning `model`, which stays as it is; arguments as for `fates` and `Preview`."""
     groups, pruned = fates(model, example_inputs, sensitivity, **allocating)
-    (macs, params), (macs_after, params_after) = (count(each, example_inputs) for each in (model, pruned))
-    return Preview(groups, (macs, macs_after), (params, params_after), passes, train_images, tuple(notes))
+    before, after = (count(each, example_inputs) for each in (model, pruned))
+    macs, params = (before.macs, after.macs), (before.params, after.params)
+    return Preview(groups, macs, params, passes, train_images, tuple(notes))
 
 
 def attack_passes(name: str) -> float:
