@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch_pruning as tp
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -83,7 +84,8 @@ def training(job: Job, sensitivity: Sensitivity) -> Figure:
 def pruned(job: Job, sensitivity: Sensitivity, macs: float, alpha: float) -> nn.Module:
     """The dense model, read anew and pruned, with BatchNorm's statistics set anew."""
     model = job.model()
-    prune_by_ratio(model, job.example_inputs, allocate(model, job.example_inputs, sensitivity, macs=macs, alpha=alpha))
+    ratios = allocate(model, job.example_inputs, sensitivity, macs=macs, alpha=alpha)
+    prune_by_ratio(model, job.example_inputs, ratios, tp.importance.MagnitudeImportance())
     return recalibrate(model, job.calibration_loader(), progress=False)
 
 

@@ -89,10 +89,12 @@ def what_was_done(report: Report) -> list[str]:
         else "BatchNorm has new means and variances."
     )
     count = "one round" if len(report.rounds) == 1 else f"{len(report.rounds)} rounds"
+    steps = settings["iterative_steps"]
+    count, again = (f"{count} of {steps} steps", " before each") if steps > 1 else (count, "")
     done = [
         f"Pruned in {count}: the sensitivity of each group of coupled layers was measured with "
-        f"{in_short(settings['attack'])} on {first.sensitivity.images} training images, and each group lost channels "
-        f"accordingly, the least important ones by the criterion {settings['base']}. {mended}"
+        f"{in_short(settings['attack'])} on {first.sensitivity.images} training images{again}, and each group lost "
+        f"channels accordingly, the least important ones by the criterion {settings['base']}. {mended}"
     ]
     tuned = first.finetuning
     if tuned is not None:

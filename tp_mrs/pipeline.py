@@ -256,8 +256,9 @@ def mrpf(
         """The first of the steps that are left to the goal; `planned` is what the one before meant to keep."""
         scores = importance()
         with naming(source):
-            sensitivity = scores.sensitivity(example_inputs)
+            measurement = scores.measurement()
         groups = prunable_groups(model, example_inputs)
+        sensitivity = measurement.sensitivity(groups)
         fraction = min(goal / amount(model, example_inputs, budget), 1.0)
         plan = plan_for(
             *(model, example_inputs, groups, sensitivity, budget, fraction),
@@ -268,7 +269,7 @@ def mrpf(
         )
         kept = part_of_the_way(groups, plan, 1 / left, round_to)
         widths = {group.name: width(model.get_submodule(group.name), "out") for group in groups}
-        step = partial(step_with, moments=scores.measurement().moments) if compensate else methodcaller("step")
+        step = partial(step_with, moments=measurement.moments) if compensate else methodcaller("step")
         prune_by_ratio(model, example_inputs, ratios_of(model, groups, kept), scores, step)
         with naming(source):
             anew = not compensate

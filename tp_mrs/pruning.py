@@ -208,12 +208,15 @@ def prune_by_ratio(
 ) -> None:
     """Prune `model` in place by a `pruning_ratio_dict`, in one step; groups that it doesn't name are kept whole.
 
+    Without an importance, for where shapes alone matter, the first channels go.
+
     Raises:
         InputError: the importance has no scores for a group that is to be pruned; nothing was changed.
     """
-    importance = importance if importance is not None else tp.importance.MagnitudeImportance()
 
     def scored(group: Any) -> Tensor | None:
+        if importance is None:
+            return torch.arange(len(group[0].idxs), dtype=torch.float32)
         scores: Tensor | None = importance(group)
         if scores is not None:
             return scores
