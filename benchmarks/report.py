@@ -31,8 +31,8 @@ from tp_mrs.plotting import BLUE, GREEN, ORANGE
 ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SUMMARISED = (MAIN, "mrpf, MART")
-BESIDE = "L2, uniform, compensated"
-"""The simplest criterion with our compensation, beside ours in the summary."""
+BESIDE = "L2, uniform, compensated, 4 steps"
+"""The simplest criterion with our compensation and as many steps, beside ours in the summary."""
 
 HELD_OUT = {
     "cifar10, resnet18": (2,),
