@@ -165,7 +165,8 @@ def mrpf(
         macs, params, channels: the budget, as a fraction of the dense model's; give exactly one.
         rounds: how many times to prune and fine-tune.
         iterative_steps: of measuring and pruning, in each round. With more, sensitivities and what layers make up for
-            stay those of the network that is pruned next, which counts where much goes; each costs a measurement.
+            stay those of the network that is pruned next, which counts where much goes and little fine-tuning follows;
+            each costs a measurement.
         alpha, round_to: as for `allocate`.
         min_keep: least fraction of the dense model's channels that a group keeps, in (0, 1].
         base: which channels go within a group, as for `MRSImportance`.
