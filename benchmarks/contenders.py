@@ -453,7 +453,7 @@ def in_rounds(rounds: int, **changes: Any) -> Contender:
     return run
 
 
-def at_once(**changes: Any) -> Prune:
+def one_round(**changes: Any) -> Prune:
     """One round of `mrpf` without fine-tuning."""
     run = in_rounds(1, **changes)
     return lambda subject, budget: run(subject, budget, 0.0)
@@ -576,8 +576,8 @@ OTHERS: dict[str, Contender] = {
 
 OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same
 OURS: dict[str, Contender] = {
-    "mrpf": Once(at_once()),
-    "mrpf, MART": Once(at_once(), MART),
+    "mrpf": Once(one_round()),
+    "mrpf, MART": Once(one_round(), MART),
     "mrpf, 2 rounds": in_rounds(2, iterative_steps=2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),

@@ -78,7 +78,12 @@ def allocate(
     check_example_inputs(model, example_inputs)
     groups = prunable_groups(model, example_inputs)
     kept = plan_for(
-        *(model, example_inputs, groups, sensitivity, measure, target),
+        model,
+        example_inputs,
+        groups,
+        sensitivity,
+        measure,
+        target,
         alpha=alpha,
         least=least_units(groups, min_keep),
         round_to=round_to,
@@ -155,10 +160,16 @@ def least_units(groups: Iterable[Group], min_keep: float) -> Kept:
 
 
 def check_reachable(
-    model: nn.Module, example_inputs: Tensor, measure: str, target: float, *, least: Kept, round_to: int | None
+    model: nn.Module,
+    example_inputs: Tensor,
+    groups: Sequence[Group],
+    measure: str,
+    target: float,
+    *,
+    least: Kept,
+    round_to: int | None,
 ) -> None:
     """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""
-    groups = prunable_groups(model, example_inputs)
     kept = {group.name: _choices(group, least[group.name], round_to)[0] for group in groups}
     reached = _counted(model, example_inputs, groups, kept, measure) / amount(model, example_inputs, measure)
     if reached > target * (1 + TOLERANCE):

@@ -240,8 +240,9 @@ def mrpf(
         "eps": eps,
         "seed": seed,
     }
-    least = least_units(prunable_groups(model, example_inputs), min_keep)
-    check_reachable(model, example_inputs, budget, target, least=least, round_to=round_to)
+    groups = prunable_groups(model, example_inputs)
+    least = least_units(groups, min_keep)
+    check_reachable(model, example_inputs, groups, budget, target, least=least, round_to=round_to)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
@@ -262,7 +263,12 @@ def mrpf(
         sensitivity = measurement.sensitivity(groups)
         fraction = min(goal / amount(model, example_inputs, budget), 1.0)
         plan = plan_for(
-            *(model, example_inputs, groups, sensitivity, budget, fraction),
+            model,
+            example_inputs,
+            groups,
+            sensitivity,
+            budget,
+            fraction,
             alpha=alpha,
             least=least,
             round_to=round_to,
