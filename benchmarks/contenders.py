@@ -32,16 +32,16 @@ from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING
 from benchmarks.networks import dense as dense_network
 from tp_mrs import MRSImportance, allocate, evaluate, finetune, mrpf, recalibrate
 from tp_mrs.allocation import amount
-from tp_mrs.architectures import LAYERS
+from tp_mrs.architectures import LAYERS, refresh
 from tp_mrs.attacks import AttackLike, Perturb, bind, named_attack, parse_eps
 from tp_mrs.borrowing import borrowed
 from tp_mrs.compensation import step_with
 from tp_mrs.data import ImageData, make_loader, random_subset
-from tp_mrs.errors import device_of
+from tp_mrs.errors import InputError, device_of
 from tp_mrs.importance import lent_gradients, sorted_copy
 from tp_mrs.measuring import Measurement, measure
 from tp_mrs.objectives import Objective, resolve
-from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs, refresh
+from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs
 
 ATTACK = "pgd-10"
 CALIBRATION_IMAGES, SQUARED_IMAGES, TRIED_IMAGES = 512, 128, 256
@@ -49,6 +49,9 @@ CALIBRATION_IMAGES, SQUARED_IMAGES, TRIED_IMAGES = 512, 128, 256
 
 TRIED_RATIO = 0.3
 TOLERANCE, SEARCH_STEPS = 0.005, 12
+FARTHEST = 0.1
+"""From the budget, as a fraction of it, that a single ratio may come out: whole channels allow no better."""
+
 REGULARISING_EPOCHS = 1.0
 
 
@@ -302,7 +305,7 @@ def half_way(subject: Subject, model: nn.Module) -> nn.Module:
 
 # --- ways of pruning -------------------------------------------------------------------------------------------------
 
-SCOPES: dict[str, dict[str, bool]] = {
+SCOPES: dict[str, dict[str, Any]] = {
     "uniform": {},
     "global": {"global_pruning": True},
     "isomorphic": {"global_pruning": True, "isomorphic": True},
@@ -351,6 +354,10 @@ def by_ratio(
             if error < TOLERANCE:
                 break
             low, high = (middle, high) if found > budget.target else (low, middle)
+        if best > FARTHEST:
+            raise InputError(
+                f"{budget.text}: no ratio comes within {FARTHEST:.0%} of it; the nearest misses by {best:.0%}"
+            )
         return settled(subject, nearest, compensate, settle)
 
     return prune
@@ -487,13 +494,18 @@ UPSTREAM_SHRINKAGE, UPSTREAM_GROWTH = 0.01 * 5e-4 * UPSTREAM_STEPS, 1e-4 / 5e-4
 def regularised(pruner: Callable[..., Any], importance: Callable[[], Any]) -> Callable[[Subject], nn.Module]:
     """A copy of the subject's model, fine-tuned under one of Torch-Pruning's regularising pruners.
 
-    In fewer steps than upstream takes, so much stronger.
+    In fewer steps than upstream takes, so much stronger: that holds for SGD only, as Adam would divide what they add by
+    its size.
     """
 
     @lru_cache(maxsize=1)
     def train(subject: Subject) -> nn.Module:
         model, settings = copy.deepcopy(subject.model), subject.finetuning
         recipe = resolve(settings["objective"])
+        if settings["optimizer"] != "sgd":
+            raise InputError(
+                f"optimizer: a regularising pruner's strength is that for SGD, not {settings['optimizer']}"
+            )
         images = len(subject.data.train)  # type: ignore[arg-type]
         steps = REGULARISING_EPOCHS * images / BATCH_SIZE[subject.data.name]
         strength = UPSTREAM_SHRINKAGE / (settings["lr"] * steps)

@@ -246,6 +246,11 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     ]
 
 
+def label(name: str) -> str:
+    """Ours stand out."""
+    return f"**{name}**" if name in OURS else name
+
+
 def held_out(found: Iterable[Comparison]) -> str:
     """The summary, of the seeds alone that nothing was chosen by."""
     table = summary(one.only(HELD_OUT[one.key.subject]) for one in found if one.key.subject in HELD_OUT)
@@ -282,7 +287,7 @@ def recovery(comparison: Comparison) -> str:
         curve = [comparison.accuracy(name, point, seeds=seeds) for point in points]
         needed = crossing(epochs, curve, dense - 3)
         shown = f"more than {points[-1]}" if needed is None else f"{needed:.2f}"
-        rows.append([f"**{name}**" if name in OURS else name, shown, *(f"{value:.1f}" for value in curve)])
+        rows.append([label(name), shown, *(f"{value:.1f}" for value in curve)])
     title = (
         f"**Recovery**, {comparison.key.subject}, {comparison.key}: epochs of fine-tuning to PGD-20 accuracy "
         f"within 3 points of the dense networks' {dense:.1f}, on a straight line between the measured; and after each. "
@@ -303,7 +308,7 @@ def by_autoattack(comparison: Comparison) -> str:
         return ""
     rows = []
     for name in names:
-        row = [f"**{name}**" if name in OURS else name]
+        row = [label(name)]
         row += [f"{found.accuracy(name, '0', column, seeds):.1f}" for column in COLUMNS]
         rows.append([*row, lead_text(found.lead(name, "0", attack="autoattack")) if name != MAIN else ""])
     dense = {seed: cell["autoattack"]["0"] for seed, cell in comparison.dense.items() if "autoattack" in cell}
@@ -334,7 +339,7 @@ def budget_table(comparison: Comparison) -> str:
     columns = [column for column in COLUMNS if all(column in cell for cell in comparison.dense.values())]
     header = ["", "MACs", "params"]
     for point in points:
-        name = "one shot" if float(point) == 0 else epochs_text(point)
+        name = "right after pruning" if float(point) == 0 else epochs_text(point)
         shown = f"{name}, {seeds_text(comparison.seeds(MAIN, point))}"
         header += [f"{shown}: {' / '.join(COLUMNS[column] for column in columns)}", f"{MAIN} less this"]
     rows = []
@@ -342,7 +347,7 @@ def budget_table(comparison: Comparison) -> str:
         cells = comparison.cells[name]
         if not any("curve" in cell for cell in cells.values()):
             continue
-        row = [f"**{name}**" if name in OURS else name]
+        row = [label(name)]
         row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
         for point in points:
             seeds = comparison.shared(name, point)
@@ -372,7 +377,7 @@ def folded(title: str, text: str) -> str:
 
 
 def rank_table(found: Sequence[Comparison]) -> str:
-    """Mean rank over all networks and budgets, one shot, of contenders that took part in all."""
+    """Mean rank over all networks and budgets, right after pruning, of contenders that took part in all."""
     found = [comparison for comparison in found if comparison.seeds(MAIN, "0")]
     names = [name for name in found[0].common("0") if all(name in one.common("0") for one in found)] if found else []
     if len(names) < 2:
@@ -386,7 +391,7 @@ def rank_table(found: Sequence[Comparison]) -> str:
     ordered = sorted(names, key=lambda name: statistics.mean(ranks[name]))
     rows = [
         [
-            f"**{name}**" if name in OURS else name,
+            label(name),
             f"{statistics.mean(ranks[name]):.1f}",
             " ".join(map(str, ranks[name])),
         ]
@@ -394,7 +399,7 @@ def rank_table(found: Sequence[Comparison]) -> str:
     ]
     budgets = {subject: ", ".join(str(one.key) for one in ours) for subject, ours in by_subject(found).items()}
     where = "; ".join(f"{subject} ({text})" for subject, text in budgets.items())
-    title = f"**Ranks**, one shot, by PGD-20: mean over these networks and budgets, and each: {where}."
+    title = f"**Ranks**, right after pruning, by PGD-20: mean over these networks and budgets, and each: {where}."
     return f"{title}\n\n{markdown(['', 'mean', 'each'], rows)}"
 
 
@@ -472,7 +477,7 @@ def finish(figure: Figure, axes: Sequence[Axes], path: Path, ylabel: str) -> Non
 
 
 def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
-    """Robust accuracy against MACs, one shot."""
+    """Robust accuracy against MACs, right after pruning."""
     groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
     if groups:
         figure, axes = panels(len(groups))

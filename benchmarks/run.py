@@ -34,17 +34,17 @@ from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
 from tp_mrs.allocation import amount
+from tp_mrs.architectures import LAYERS
 from tp_mrs.data import load_data, make_loader, random_subset
 from tp_mrs.errors import DivergenceError, InputError, check_choice, check_count, check_seed
 from tp_mrs.files import check_output_folder, read_json, write_json
-from tp_mrs.pruning import LAYERS
 from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
 WITH_AUTOATTACK = ("pgd-20", "autoattack")
 
-Prune = Callable[[float], nn.Module]  # to so many epochs of fine-tuning
+PruneAndTune = Callable[[float], nn.Module]  # for so many epochs
 Assess = Callable[[nn.Module], dict[str, Any]]
 
 
@@ -166,7 +166,7 @@ class Cell:
         content = self._read()
         for name, value in found.items():
             content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
-        self.content = content | provenance()
+        self.content = content
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
 
@@ -269,9 +269,9 @@ def do(
         measures["autoattack"] = partial(assess, subject=subject, test_images=autoattack, attacks=WITH_AUTOATTACK)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
-        dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject))
+        dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject), **provenance())
     if autoattack and "autoattack" not in dense.content:
-        dense.add(autoattack={"0": measures["autoattack"](subject.model)})
+        dense.add(autoattack={"0": {**measures["autoattack"](subject.model), **provenance()}})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
@@ -287,17 +287,17 @@ def do(
                 print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def fill_in(cell: Cell, point: float, subject: Subject, prune: Prune, measures: Mapping[str, Assess]) -> str:
+def fill_in(cell: Cell, point: float, subject: Subject, prune: PruneAndTune, measures: Mapping[str, Assess]) -> str:
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
         model = prune(point)
     except (InputError, DivergenceError) as error:
-        cell.add(failed=str(error))
+        cell.add(failed=str(error), **provenance())
         return str(error)
     shown = []
     for name, assessed in measures.items():
         found = assessed(model)
-        cell.add(**sizes(model, subject), **{name: {f"{point:g}": found}})
+        cell.add(**sizes(model, subject), **{name: {f"{point:g}": {**found, **provenance()}}})
         shown += [f"{attack} {100 * value:.1f}" for attack, value in found.items() if isinstance(value, float)]
     return ", ".join(shown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from functools import cache
@@ -21,8 +22,9 @@ from torch import nn
 
 from tests.conftest import image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, Sensitivity, allocate, measure_sensitivity, pruner_kwargs, refresh
-from tp_mrs.allocation import LayerCost, _Plan, amount, least_units, part_of_the_way
-from tp_mrs.pruning import Group
+from tp_mrs.allocation import LayerCost, Planner, _Plan, amount, least_units, losses_of
+from tp_mrs.costs import costs_of
+from tp_mrs.pruning import Group, prunable_groups
 
 SIDES = {"small_resnet": 32, "vgg11_bn": 32, "mobilevit_xxs": 64}
 
@@ -193,6 +195,71 @@ def test_zero_sensitivity_everywhere_leaves_cost_alone_to_decide() -> None:
     assert allocate(model, example, silent, macs=0.5) == allocate(model, example, alike, macs=0.5)
 
 
+# --- the model that is left -------------------------------------------------------------------------------------
+
+
+def chain(*widths: int) -> nn.Sequential:
+    """Convolutions of these widths, and a classifier."""
+    sizes = itertools.pairwise((3, *widths))
+    layers = [layer for size in sizes for layer in (nn.Conv2d(*size, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4))
+
+
+def planner_for(model: nn.Module, example: torch.Tensor, measure: str, min_keep: float = 0.1) -> Planner:
+    groups = prunable_groups(model, example)
+    return Planner(model, example, groups, measure, least_units(groups, min_keep), None)
+
+
+@pytest.mark.parametrize("measure", ["macs", "params", "channels"])
+@pytest.mark.parametrize("name", SIDES)
+def test_what_a_unit_saves_is_what_pruning_it_saves(name: str, measure: str) -> None:
+    model, example, sensitivity = subject(name)
+    planner = planner_for(model, example, measure)
+    costs = costs_of(model, example, planner.groups, measure)
+    losses = {group.name: np.square(np.sort(sensitivity.units[group.name])) for group in planner.groups}
+    plan = _Plan(planner.groups, costs, losses, 0.5, planner.least, None)
+    whole = {group.name: group.units for group in planner.groups}
+    for group in planner.groups[:: 1 + len(planner.groups) // 12]:
+        kept = {**whole, group.name: group.units - 1}
+        assert plan.cost(whole) - plan.cost(kept) == pytest.approx(1 - planner.left(kept), rel=0.03), group.name
+
+
+def test_a_group_of_one_unit_still_counts_as_a_channel() -> None:
+    model, example = chain(8, 10), torch.rand(1, 3, 8, 8)
+    ratios = allocate(model, example, {"0": 1.0, "2": 1e9}, channels=0.5, alpha=1.0, min_keep=0.01)
+    pruned = pruned_by_hand(model, example, ratios)
+    assert sum(layer.out_channels for layer in pruned.modules() if isinstance(layer, nn.Conv2d)) == 9
+
+
+def test_the_nearest_plan_is_found_where_none_meets_the_budget() -> None:
+    model, example = chain(2, 3), torch.rand(1, 3, 8, 8)
+    planner = planner_for(model, example, "params")
+    possible = {(one, two): planner.left({"0": one, "2": two}) for one in (1, 2) for two in (1, 2, 3)}
+    target = 0.6
+    nearest = min(possible, key=lambda kept: abs(possible[kept] - target))
+    assert abs(possible[nearest] - target) > 0.01 * target
+    losses = losses_of(model, {"0": 1.0, "2": 1.0}, planner.groups)
+    kept, left = planner.nearest(losses, target, 0.5)
+    assert left == possible[kept["0"], kept["2"]] == possible[nearest]
+    with pytest.raises(InputError, match=f"params=0.6: can't be met within 1%; the nearest is params={left:.4f}"):
+        planner.plan(losses, target, 0.5)
+
+
+def test_ignored_layers_keep_their_outputs() -> None:
+    model, example, sensitivity = subject("small_resnet")
+    spared = model.get_submodule("layer2")
+    ratios = allocate(model, example, sensitivity, macs=0.6, ignored_layers=[spared])
+    pruned = pruned_by_hand(model, example, ratios)
+    assert amount(pruned, example, "macs") / amount(model, example, "macs") == pytest.approx(0.6, rel=0.01)
+    for name, layer in spared.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            assert pruned.get_submodule(f"layer2.{name}").out_channels == layer.out_channels
+    with pytest.raises(InputError, match=r"ignored_layers: expected a list of the model's layers.*got Conv2d"):
+        allocate(model, example, sensitivity, macs=0.6, ignored_layers=[nn.Conv2d(1, 1, 1)])
+    with pytest.raises(InputError, match=r"ignored_layers: expected a list of the model's layers.*got 'l'"):
+        allocate(model, example, sensitivity, macs=0.6, ignored_layers="layer2")  # type: ignore[arg-type]
+
+
 # --- the plan itself, on made-up networks ------------------------------------------------------------------------
 
 
@@ -285,13 +352,18 @@ def test_a_unit_goes_once_its_price_is_reached(plan: _Plan, level: float) -> Non
 # --- steps towards a plan ----------------------------------------------------------------------------------------
 
 
+def planner_of(groups: list[Group], round_to: int | None = None) -> Planner:
+    return Planner(nn.Identity(), torch.zeros(1), groups, "macs", least_units(groups, 0.1), round_to)
+
+
 def test_steps_towards_a_plan_by_hand() -> None:
     groups = [Group("narrow", 64, 1, (), ()), Group("whole", 10, 1, (), ()), Group("heads", 32, 4, (), ())]
-    plan = {"narrow": 4, "whole": 10, "heads": 8}
-    assert part_of_the_way(groups, plan, 0.5, None) == {"narrow": 16, "whole": 10, "heads": 16}
-    assert part_of_the_way(groups, plan, 0.25, None) == {"narrow": 32, "whole": 10, "heads": 23}  # 32 · (1/4)^¼ = 22.6
-    assert part_of_the_way(groups, plan, 0.25, 8) == {"narrow": 32, "whole": 10, "heads": 24}  # of 4 heads, 2 are 8
-    assert part_of_the_way(groups, plan, 1.0, None) == plan
+    plan, any_number = {"narrow": 4, "whole": 10, "heads": 8}, planner_of(groups)
+    assert any_number.part_of_the_way(plan, 0.5) == {"narrow": 16, "whole": 10, "heads": 16}
+    assert any_number.part_of_the_way(plan, 0.25) == {"narrow": 32, "whole": 10, "heads": 23}  # 32 · (1/4)^¼ = 22.6
+    assert any_number.part_of_the_way(plan, 1.0) == plan
+    eighths = planner_of(groups, round_to=8)
+    assert eighths.part_of_the_way(plan, 0.25) == {"narrow": 32, "whole": 10, "heads": 24}  # of 4 heads, 2 are 8
 
 
 @given(units=st.integers(1, 2000), left=st.integers(1, 10), data=st.data())
@@ -299,6 +371,7 @@ def test_steps_end_at_the_plan(units: int, left: int, data: st.DataObject) -> No
     plan = data.draw(st.integers(1, units))
     widths = [units]
     for rest in range(left, 0, -1):
-        widths.append(part_of_the_way([Group("g", widths[-1], 1, (), ())], {"g": plan}, 1 / rest, None)["g"])
+        planner = planner_of([Group("g", widths[-1], 1, (), ())])
+        widths.append(planner.part_of_the_way({"g": plan}, 1 / rest)["g"])
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] == plan

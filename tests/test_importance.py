@@ -282,6 +282,14 @@ def test_in_double_precision(batches: Batches) -> None:
     assert len(scores.unique()) == 8
 
 
+def test_a_base_may_count(batches: Batches) -> None:
+    model = small_cnn()
+    importance = MRSImportance(model, batches, torchattacks.FGSM, base=lambda group: torch.arange(len(group[0].idxs)))
+    before = widths(model)
+    prune(model, importance, pruning_ratio=0.5)
+    assert sum(widths(model).values()) < sum(before.values())
+
+
 def test_beyond_min_keep_all_groups_lose_alike(batches: Batches) -> None:
     model = small_resnet()
     before = widths(model)

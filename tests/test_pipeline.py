@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,31 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, MRSImportance, mrpf
-from tp_mrs.allocation import amount
+from tp_mrs.allocation import Planner, amount
 from tp_mrs.checkpoints import Checkpoint
+from tp_mrs.steps import Pruning
 
 EXAMPLE = torch.rand(1, 3, 32, 32)
+
+
+def two_layers(first: int, second: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(second, 4),
+    )
+
+
+def ascending(group: Any) -> torch.Tensor:
+    return torch.arange(len(group[0].idxs))
+
+
+def descending(group: Any) -> torch.Tensor:
+    return -ascending(group)
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [({"macs": 0.5}, 1), ({"params": 0.4}, 2), ({"channels": 0.6}, 2)])
@@ -103,10 +125,107 @@ def test_in_rounds_min_keep_is_of_the_dense_model(batches: Batches) -> None:
         mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.1, **arguments)
 
 
-def test_with_few_channels_the_plan_of_the_first_step_holds(batches: Batches) -> None:
-    """From the widths after three of four steps, no other plan meets it; from the dense model, one does."""
+def test_with_few_channels_the_plan_of_the_first_step_holds(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later steps find no plan of their own here."""
+    nearest, asked = Planner.nearest, 0
+
+    def short(self: Planner, *arguments: Any) -> tuple[dict[str, int], float]:
+        nonlocal asked
+        asked += 1
+        kept, left = nearest(self, *arguments)
+        return (kept, left) if asked == 1 else ({group.name: group.units for group in self.groups}, 1.0)
+
+    monkeypatch.setattr(Planner, "nearest", short)
     report = mrpf(small_cnn(), EXAMPLE, batches, torchattacks.FGSM, macs=0.48, iterative_steps=4, epochs=0)
+    assert asked == 4
     assert report.rounds[0].reached == pytest.approx(0.48, rel=0.01)
+
+
+def test_only_the_last_round_must_meet_its_budget(batches: Batches) -> None:
+    torch.manual_seed(0)
+    report = mrpf(two_layers(8, 16), EXAMPLE, batches, torchattacks.FGSM, macs=0.25, rounds=2, epochs=0)
+    assert [done.target for done in report.rounds] == [0.5, 0.25]
+    assert abs(report.rounds[0].reached - 0.5) > 0.005  # no whole channels come nearer
+    assert report.rounds[1].reached == pytest.approx(0.25, rel=0.01)
+
+
+def test_a_budget_between_whole_channels_is_refused_as_given(batches: Batches) -> None:
+    model = two_layers(8, 9)
+    with unchanged(model), pytest.raises(InputError, match=r"channels=0.38: can't be met within 1%; the nearest is"):
+        mrpf(model, EXAMPLE, batches, torchattacks.FGSM, channels=0.38, rounds=2)
+
+
+def test_a_group_that_is_down_to_one_channel_still_counts(batches: Batches) -> None:
+    """To Torch-Pruning it is no group any more."""
+    model = two_layers(1, 8)
+    importance = partial(MRSImportance, model, batches, torchattacks.FGSM, progress=False)
+    pruning = Pruning(
+        model=model,
+        example_inputs=EXAMPLE,
+        importance=importance,
+        settle=lambda: model,
+        compensate=False,
+        source="train_data",
+        measure="channels",
+        alpha=0.5,
+        least={"0": 1, "2": 1},
+        round_to=None,
+        ignored=[],
+        seed=0,
+    )
+    step = pruning.step(goal=5, part=1.0, planned=None, final=None)
+    assert (step.kept, step.reached) == ({"2": 0.5}, 5)
+
+
+def test_ignored_layers_keep_their_outputs(batches: Batches) -> None:
+    model = small_resnet()
+    block = model.get_submodule("layer3")
+    spared = {name: module.out_channels for name, module in block.named_modules() if isinstance(module, nn.Conv2d)}
+    report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.5, ignored_layers=[block], epochs=0)
+    assert report.rounds[0].reached == pytest.approx(0.5, rel=0.01)
+    assert {name: block.get_submodule(name).out_channels for name in spared} == spared
+    assert "layer3" in report.settings["ignored_layers"]
+
+
+def test_nothing_to_prune_leaves_the_model_as_it_is(batches: Batches, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_resnet()
+    with unchanged(model):
+        report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=1.0, epochs=0)
+    assert set(report.rounds[0].ratios.values()) == {0.0}
+    assert not caplog.records
+
+
+def test_steps_keep_multiples(batches: Batches) -> None:
+    report = mrpf(small_resnet(), EXAMPLE, batches, torchattacks.FGSM, macs=0.4, round_to=4, epochs=0)
+    assert all(after % 4 == 0 for _, after in report.widths.values())
+    assert any(after < before for before, after in report.widths.values())
+
+
+@pytest.mark.parametrize(
+    ("base", "other"),
+    [
+        (tp.importance.MagnitudeImportance(p=2), tp.importance.MagnitudeImportance(p=1)),
+        (ascending, descending),
+    ],
+)
+def test_a_checkpoint_belongs_to_one_base(base: Any, other: Any, batches: Batches, tmp_path: Path) -> None:
+    dense = small_cnn()
+    arguments: dict[str, Any] = {"macs": 0.48, "epochs": 0, "checkpoint": tmp_path / "run"}
+    mrpf(copy.deepcopy(dense), EXAMPLE, batches, torchattacks.FGSM, base=base, **arguments)
+    mrpf(copy.deepcopy(dense), EXAMPLE, batches, torchattacks.FGSM, base=base, **arguments)
+    with pytest.raises(InputError, match=r"checkpoint: .* of another run"):
+        mrpf(copy.deepcopy(dense), EXAMPLE, batches, torchattacks.FGSM, base=other, **arguments)
+
+
+def test_a_base_that_draws_goes_by_the_seed(batches: Batches) -> None:
+    dense, outputs = small_cnn(), []
+    for _ in range(2):
+        model = copy.deepcopy(dense)
+        state = torch.get_rng_state()
+        mrpf(model, EXAMPLE, batches, torchattacks.FGSM, macs=0.48, epochs=0, base=tp.importance.RandomImportance())
+        assert torch.equal(torch.get_rng_state(), state)
+        outputs.append(model.eval()(EXAMPLE))
+    assert torch.equal(*outputs)
 
 
 def test_frozen_layers_stay_frozen(batches: Batches) -> None:

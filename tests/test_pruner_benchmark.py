@@ -56,6 +56,16 @@ def test_a_contender_meets_the_budget_and_leaves_the_dense_network_alone(subject
     assert pruned(subject.example).shape == (1, 10)
 
 
+def test_a_ratio_far_from_the_budget_is_none(subject: Subject) -> None:
+    with pytest.raises(InputError, match=r"macs-0.1: no ratio comes within 10% of it; the nearest misses by \d+%"):
+        CONTENDERS["L2, uniform"](subject, Budget("macs", 0.001), 0)
+
+
+def test_regularising_pruners_are_left_out_where_their_strength_means_nothing(subject: Subject) -> None:
+    with pytest.raises(InputError, match="optimizer: a regularising pruner's strength is that for SGD, not adamw"):
+        CONTENDERS["GroupNormPruner"](subject, Budget("macs", 0.5), 0)
+
+
 def test_mrpf_taken_apart_is_mrpf(subject: Subject) -> None:
     budget = Budget("macs", 0.5)
     apart, whole = (
@@ -286,6 +296,7 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     after = comparison.cells[MAIN][0]
     assert {name: after[name] for name in before} == before
     found = after["autoattack"]["0"]
+    assert torch.__version__.startswith(found["versions"]["torch"])
     assert found["images"] == 6
     assert found["autoattack"] <= found["pgd-20"] <= found["clean"]
     assert found["autoattack"] == report.right({**after, "curve": after["autoattack"]}, "0", "autoattack").mean()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tests.conftest import image_batches, small_cnn, small_resnet
 from tp_mrs import MRSImportance, measure_sensitivity
+from tp_mrs.architectures import LAYERS
 from tp_mrs.measuring import measure, relative
-from tp_mrs.pruning import LAYERS, build_pruner, prunable_groups, rooted_groups
+from tp_mrs.pruning import build_pruner, prunable_groups, rooted_groups
 from tp_mrs.readers import reading
 
 

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .allocation import allocate
+from .architectures import refresh
 from .card import save
 from .compensation import compensated_step
 from .coupling import CouplingReport, check_coupling
@@ -13,7 +14,7 @@ from .importance import MRSImportance
 from .measuring import measure_sensitivity
 from .models import create_model, normalize
 from .pipeline import Report, mrpf
-from .pruning import pruner_kwargs, refresh
+from .pruning import pruner_kwargs
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
 from .storage import load

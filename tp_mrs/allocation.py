@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from .borrowing import copied
-from .costs import LayerCost, costs_of, fractions, prices
+from .costs import LayerCost, costs_of, fractions, least_kept, prices
 from .counting import count
-from .errors import InputError, check_count, check_example_inputs, check_number
+from .errors import InputError, check_count, check_example_inputs, check_layers, check_number
 from .pruning import Group, prunable_groups, prune_by_ratio
 from .sensitivity import Sensitivity
 from .uncertainty import Array
@@ -25,6 +25,9 @@ TOLERANCE = 0.01
 
 Kept = dict[str, int]
 """Units kept of each group."""
+
+Losses = Mapping[str, Array]
+"""What losing each unit of each group costs in robustness, ascending, (units,); on any scale."""
 
 
 def allocate(
@@ -38,6 +41,7 @@ def allocate(
     alpha: float = 0.5,
     min_keep: float = 0.1,
     round_to: int | None = None,
+    ignored_layers: Iterable[nn.Module] = (),
 ) -> dict[nn.Module, float]:
     """Return a `pruning_ratio_dict` under which the pruned model meets a budget.
 
@@ -60,6 +64,7 @@ def allocate(
             dense model, wholly.
         min_keep: least fraction of its channels that a group keeps, in (0, 1]; at least one channel stays anyway.
         round_to: keep multiples of so many channels (or all of a group's).
+        ignored_layers: layers, or blocks of them, that keep their outputs, as for `pruner_kwargs`.
 
     Returns:
         Root layer of each group → fraction of its channels to remove. Pass it as `pruning_ratio_dict` to a local
@@ -76,56 +81,105 @@ def allocate(
     measure, target = single_budget(macs=macs, params=params, channels=channels)
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
     check_example_inputs(model, example_inputs)
+    ignored = check_layers("ignored_layers", ignored_layers, model)
     groups = prunable_groups(model, example_inputs)
-    kept = plan_for(
-        model,
-        example_inputs,
-        groups,
-        sensitivity,
-        measure,
-        target,
-        alpha=alpha,
-        least=least_units(groups, min_keep),
-        round_to=round_to,
-    )
-    return ratios_of(model, groups, kept)
+    losses = losses_of(model, sensitivity, groups)
+    free = prunable_groups(model, example_inputs, ignored) if ignored else groups
+    planner = Planner(model, example_inputs, free, measure, least_units(free, min_keep), round_to)
+    whole = {group.name: group.units for group in groups}  # pruners have a ratio of their own for what has none
+    return ratios_of(model, groups, whole | planner.plan(losses, target, alpha))
 
 
-def plan_for(
-    model: nn.Module,
-    example_inputs: Tensor,
-    groups: Sequence[Group],
-    sensitivity: Sensitivity | Mapping[str, float],
-    measure: str,
-    target: float,
-    *,
-    alpha: float,
-    least: Kept,
-    round_to: int | None,
-    otherwise: Kept | None = None,
-) -> Kept:
-    """What `allocate` would keep of each group; its arguments are checked already, but for `sensitivity`.
+@dataclass(frozen=True)
+class Planner:
+    """Finds how many units of each group a model may keep.
 
-    Args:
+    Attributes:
+        model, example_inputs: what is to be pruned; stays as it is.
+        groups: the model's.
+        measure: what a budget counts: `"macs"`, `"params"` or `"channels"`.
         least: units of each group that stay.
-        otherwise: what to keep if no plan is found that meets the budget.
+        round_to: keep multiples of so many channels, or all of a group's.
     """
-    losses = _losses(sensitivity, groups)
-    if isinstance(sensitivity, Sensitivity):
-        _check_sizes(model, sensitivity.sizes)
-    plan = _Plan(groups, costs_of(model, example_inputs, groups, measure), losses, alpha, least, round_to)
-    dense = amount(model, example_inputs, measure)
-    kept, nearest = _meet(plan, target, lambda kept: _counted(model, example_inputs, groups, kept, measure) / dense)
-    found = kept or otherwise
-    if found is None:
-        raise _unreachable(measure, target, nearest, round_to)
-    return found
+
+    model: nn.Module
+    example_inputs: Tensor
+    groups: Sequence[Group]
+    measure: str
+    least: Kept
+    round_to: int | None
+
+    def plan(self, losses: Losses, target: float, alpha: float) -> Kept:
+        """What to keep of each group.
+
+        Raises:
+            InputError: the budget can't be met.
+        """
+        kept, reached = self.nearest(losses, target, alpha)
+        if not is_met(reached, target):
+            raise self._unreachable(target, kept, reached)
+        return kept
+
+    def nearest(self, losses: Losses, target: float, alpha: float) -> tuple[Kept, float]:
+        """The plan that is nearest to the budget, and the fraction that it really leaves.
+
+        Aim, count, and aim anew by what the estimate missed.
+        """
+        costs = costs_of(self.model, self.example_inputs, self.groups, self.measure)
+        plan = _Plan(self.groups, costs, losses, alpha, self.least, self.round_to)
+        found: list[tuple[Kept, float]] = []
+        aim = target
+        for _ in range(8):
+            kept = plan.solve(aim)
+            found.append((kept, self.left(kept)))
+            if is_met(found[-1][1], target):
+                break
+            aim = target + plan.cost(kept) - found[-1][1]
+        return min(found, key=lambda each: abs(each[1] - target))
+
+    def left(self, kept: Kept) -> float:
+        """The fraction of the model that a copy pruned to this really has."""
+        if self.measure == "channels":  # a group of one unit is none to Torch-Pruning, and could not be counted
+            return sum(kept.values()) / sum(group.units for group in self.groups)
+        pruned = copied(self.model)
+        prune_by_ratio(pruned, self.example_inputs, ratios_of(pruned, self.groups, kept))
+        return amount(pruned, self.example_inputs, self.measure) / self._whole
+
+    @cached_property
+    def _whole(self) -> int:
+        return amount(self.model, self.example_inputs, self.measure)
+
+    def check_reachable(self, target: float) -> None:
+        """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""
+        fewest = {group.name: self._choices(group)[0] for group in self.groups}
+        left = self.left(fewest)
+        if left > target * (1 + TOLERANCE):
+            raise self._unreachable(target, fewest, left)
+
+    def part_of_the_way(self, plan: Kept, part: float) -> Kept:
+        """Units kept when `part` of the way to `plan` is gone, evenly in their logarithms; multiples as in a plan."""
+        return {
+            group.name: _rounded(
+                group.units * (plan[group.name] / group.units) ** part, _choices(group, plan[group.name], self.round_to)
+            )
+            for group in self.groups
+        }
+
+    def _choices(self, group: Group) -> list[int]:
+        return _choices(group, self.least[group.name], self.round_to)
+
+    def _unreachable(self, target: float, kept: Kept, reached: float) -> InputError:
+        at_least = any(kept[group.name] == self._choices(group)[0] for group in self.groups)
+        lower = [*(["min_keep"] if reached > target and at_least else []), *(["round_to"] if self.round_to else [])]
+        remedy = f", or lower {' or '.join(lower)}" if lower else ""
+        return InputError(
+            f"{self.measure}={target:g}: can't be met within 1%; the nearest is {self.measure}={reached:.4f}{remedy}"
+        )
 
 
-def part_of_the_way(groups: Iterable[Group], plan: Kept, part: float, round_to: int | None) -> Kept:
-    """Units kept when `part` of the way to `plan` is gone, evenly in their logarithms; multiples as in a plan."""
-    wanted = {group.name: group.units * (plan[group.name] / group.units) ** part for group in groups}
-    return {group.name: _rounded(wanted[group.name], _choices(group, plan[group.name], round_to)) for group in groups}
+def is_met(reached: float, target: float) -> bool:
+    """Whether a fraction is the target, within the tolerance."""
+    return abs(reached - target) <= TOLERANCE * target
 
 
 def ratios_of(model: nn.Module, groups: Iterable[Group], kept: Kept) -> dict[nn.Module, float]:
@@ -156,37 +210,22 @@ def check_allocation(*, alpha: float, min_keep: float, round_to: int | None) -> 
 
 def least_units(groups: Iterable[Group], min_keep: float) -> Kept:
     """How many units of each group are this fraction of them, at least one."""
-    return {group.name: max(1, math.ceil(min_keep * group.units - 1e-9)) for group in groups}
+    return {group.name: least_kept(group.units, min_keep) for group in groups}
 
 
-def check_reachable(
-    model: nn.Module,
-    example_inputs: Tensor,
-    groups: Sequence[Group],
-    measure: str,
-    target: float,
-    *,
-    least: Kept,
-    round_to: int | None,
-) -> None:
-    """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""
-    kept = {group.name: _choices(group, least[group.name], round_to)[0] for group in groups}
-    reached = _counted(model, example_inputs, groups, kept, measure) / amount(model, example_inputs, measure)
-    if reached > target * (1 + TOLERANCE):
-        raise _unreachable(measure, target, reached, round_to)
+def losses_of(model: nn.Module, given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, Array]:
+    """By the sensitivities of units, or as if they rose evenly to the score of each group.
 
-
-def _losses(given: Sensitivity | Mapping[str, float], groups: Sequence[Group]) -> dict[str, Array]:
-    """What losing each unit of each group costs, ascending, (units,); on any scale."""
+    Raises:
+        InputError: they are not those of this model.
+    """
     if isinstance(given, Sensitivity):
         _check_names(given.units, groups)
+        _check_sizes(model, given.sizes)
         return {group.name: np.square(np.sort(given.units[group.name])) for group in groups}
     scores = _scores(given, groups)
-    mean = geometric_mean(scores.values())
-    return {
-        group.name: relative_weight(scores[group.name], mean, 1.0) * fractions(group.units) / group.units
-        for group in groups
-    }
+    floor = 1e-9 * _geometric_mean(scores.values())  # what never matters has a price, too
+    return {group.name: max(scores[group.name], floor) * fractions(group.units) / group.units for group in groups}
 
 
 def _scores(scores: Any, groups: Sequence[Group]) -> dict[str, float]:
@@ -207,12 +246,7 @@ def _scores(scores: Any, groups: Sequence[Group]) -> dict[str, float]:
     return found
 
 
-def relative_weight(score: float, mean: float, alpha: float) -> float:
-    """`(score / mean)^α`; what never matters counts a billionth of the mean, to stay positive."""
-    return max(score / mean, 1e-9) ** alpha
-
-
-def geometric_mean(values: Iterable[float]) -> float:
+def _geometric_mean(values: Iterable[float]) -> float:
     """Of the positive ones among `values`; 1 if there are none."""
     logarithms = [math.log(value) for value in values if value > 0]
     return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else 1.0
@@ -260,7 +294,7 @@ class _Plan:
 
     groups: Sequence[Group]
     costs: Sequence[LayerCost]
-    losses: Mapping[str, Array]
+    losses: Losses
     alpha: float
     least: Kept
     round_to: int | None
@@ -288,8 +322,12 @@ class _Plan:
     def rounded(self, wanted: Mapping[str, float]) -> Kept:
         return {group.name: _rounded(wanted[group.name], self.choices(group)) for group in self.groups}
 
+    def removed(self, kept: Kept) -> Kept:
+        """Units that go of each group."""
+        return {group.name: group.units - kept[group.name] for group in self.groups}
+
     def cost(self, kept: Kept) -> float:
-        removed = {group.name: group.units - kept[group.name] for group in self.groups}
+        removed = self.removed(kept)
         return sum(layer.at(removed) for layer in self.costs)
 
     def solve(self, target: float) -> Kept:
@@ -320,13 +358,26 @@ class _Plan:
     def _exchanged(self, kept: Kept, target: float) -> Kept:
         """The plan nearest to `target` among those that move two groups by up to three steps; for coarse networks."""
         near = {group.name: _near(self.choices(group), kept[group.name]) for group in self.groups}
+        touched = {
+            name: {place for place, layer in enumerate(self.costs) if name in {*layer.outputs, *layer.inputs}}
+            for name in near
+        }
+        removed = self.removed(kept)
+        before = [layer.at(removed) for layer in self.costs]
+        total = sum(before)
+
+        def missed(moved: Kept) -> float:
+            after = removed | {name: removed[name] + kept[name] - left for name, left in moved.items()}
+            changed = set().union(*(touched[name] for name in moved))
+            return abs(total + sum(self.costs[place].at(after) - before[place] for place in changed) - target)
+
         moves = (
-            {**kept, first: one, second: other}
+            {first: one, second: other}
             for first, second in itertools.combinations_with_replacement(near, 2)
             for one in near[first]
             for other in near[second]
         )
-        return min(moves, key=lambda plan: abs(self.cost(plan) - target))
+        return kept | min(moves, key=missed)
 
 
 def _choices(group: Group, least: int, round_to: int | None) -> list[int]:
@@ -345,38 +396,6 @@ def _near(choices: Sequence[int], current: int) -> Sequence[int]:
     """`current` and up to three choices on either side."""
     index = choices.index(current)
     return choices[max(index - 3, 0) : index + 4]
-
-
-# --- meeting the budget ------------------------------------------------------------------------------------------
-
-
-def _meet(plan: _Plan, target: float, counted: Callable[[Kept], float]) -> tuple[Kept | None, float]:
-    """A plan that really costs `target` within the tolerance, and what it costs: the nearest, if there is no plan.
-
-    Aim, count, and aim anew by what the estimate missed.
-    """
-    aim, nearest = target, math.inf
-    for _ in range(8):
-        kept = plan.solve(aim)
-        real = counted(kept)
-        nearest = min(nearest, real, key=lambda value: abs(value - target))
-        if abs(real - target) <= TOLERANCE * target:
-            return kept, real
-        aim = target + plan.cost(kept) - real
-    return None, nearest
-
-
-def _unreachable(measure: str, target: float, nearest: float, round_to: int | None) -> InputError:
-    lower = [*(["min_keep"] if nearest > target else []), *(["round_to"] if round_to else [])]
-    remedy = f", or lower {' or '.join(lower)}" if lower else ""
-    return InputError(f"{measure}={target:g}: can't be met within 1%; the nearest is {measure}={nearest:.4f}{remedy}")
-
-
-def _counted(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], kept: Kept, measure: str) -> int:
-    """How much a pruned copy of the model really has."""
-    pruned = copied(model)
-    prune_by_ratio(pruned, example_inputs, ratios_of(pruned, groups, kept))
-    return amount(pruned, example_inputs, measure)
 
 
 def _ratio(kept: int, units: int) -> float:

@@ -161,8 +161,10 @@ def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
     model = pruner.model
     layers = {layer: _Dense(layer) for name, layer in _compensable(model) if name in moments and not _is_frozen(layer)}
     names = {module: name for name, module in model.named_modules()}
+    pruned = False
     with still_frozen(model):
         for group in pruner.step(interactive=True):
+            pruned = True
             for (layer, side), gone in _removed(pruner.DG, group).items():
                 if layer in layers:
                     layers[layer].lose(side, gone)
@@ -170,7 +172,7 @@ def step_with(pruner: Any, moments: Mapping[str, Tensor]) -> None:
     losers = {layer: dense for layer, dense in layers.items() if dense.lost.any()}
     for layer, dense in losers.items():
         make_up(layer, dense.read, moments[names[layer]], dense.lost, _following_norm(pruner.DG, layer))
-    if not losers:
+    if pruned and not losers:
         logger.warning(
             "no layer made up for channels: none that can be changed has lost any (frozen layers stay); let BatchNorm "
             "have new variances, by compensate=False, or recalibrate(..., variances=True)"

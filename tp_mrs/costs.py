@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
 
+from .architectures import LAYERS
 from .counting import count
-from .pruning import LAYERS, Group, width
+from .pruning import Group, width
 from .uncertainty import Array
 
 _SMALLEST_COST = 1e-12
@@ -49,6 +51,11 @@ def prices(losses: Array, cost: float, alpha: float) -> Array:
     return found
 
 
+def least_kept(channels: int, min_keep: float) -> int:
+    """So many of a group's channels are this fraction of them, and at least one."""
+    return max(1, math.ceil(min_keep * channels - 1e-9))
+
+
 def fractions(units: int) -> Array:
     """1 / units, 2 / units, …, 1."""
     return np.arange(1, units + 1) / units
@@ -60,13 +67,16 @@ def costs_of(model: nn.Module, example_inputs: Tensor, groups: Sequence[Group], 
         total = sum(group.units for group in groups)
         return [LayerCost(group.units / total, {group.name: 1 / group.units}, {}) for group in groups]
     outputs, inputs = _shares(model, groups)
-    layers = macs_of(model, example_inputs, outputs) if measure == "macs" else _params(model)
+    if measure == "macs":
+        layers = [(full, name, name) for full, name in macs_of(model, example_inputs, outputs)]
+    else:
+        layers = list(_params(model))
     costs = [LayerCost(full, outputs.get(out, {}), inputs.get(into, {})) for full, out, into in layers]
     return [*costs, LayerCost(1 - sum(cost.full for cost in costs), {}, {})]
 
 
-def macs_of(model: nn.Module, example_inputs: Tensor, layers: Iterable[str]) -> Iterator[tuple[float, str, str]]:
-    """Fraction of the multiply-accumulates, and the layers whose outputs and inputs it shrinks with."""
+def macs_of(model: nn.Module, example_inputs: Tensor, layers: Iterable[str]) -> Iterator[tuple[float, str]]:
+    """Fraction of the multiply-accumulates, and the layer whose outputs and inputs it shrinks with."""
     total, _, by_module = count(model, example_inputs)
     for name, module in model.named_modules():
         children = list(module.children())
@@ -74,7 +84,7 @@ def macs_of(model: nn.Module, example_inputs: Tensor, layers: Iterable[str]) -> 
             continue  # counted child by child
         if children:  # counted as a whole, like attention: it shrinks with its first layer
             name = next((layer for layer in layers if layer.startswith(f"{name}.")), "")
-        yield by_module.get(module, 0.0) / total, name, name
+        yield by_module.get(module, 0.0) / total, name
 
 
 def _params(model: nn.Module) -> Iterator[tuple[float, str, str]]:

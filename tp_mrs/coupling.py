@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .architectures import refresh
 from .borrowing import copied, preserved_rng
 from .errors import InputError, check_example_inputs, check_seed
-from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, refresh, rooted_groups
+from .pruning import PRUNING_ERRORS, RootedGroup, build_pruner, rooted_groups
 from .tracing import reasons_to_keep, tensors_in
 
 TOLERANCE = 1e-10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ def check_seed(seed: int) -> None:
     """Raise `InputError` unless `seed` is one that all random generators take."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise InputError(f"seed: expected an integer from 0 to 4294967295, got {seed!r}")
+
+
+def check_layers(name: str, layers: object, model: nn.Module) -> list[nn.Module]:
+    """The layers, as a list. Raises `InputError` unless each is a module of the model."""
+    own = {id(module) for module in model.modules()}
+    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, nn.Module) else None
+    if found is None or any(id(layer) not in own for layer in found):
+        got = layers if found is None else next(layer for layer in found if id(layer) not in own)
+        raise InputError(f"{name}: expected a list of the model's layers, such as [model.conv1], got {got!r:.80}")
+    return found
 
 
 def check_flag(name: str, value: object) -> None:
@@ -184,10 +194,11 @@ def _check_images(images: object) -> Tensor:
         raise InputError("images: found NaN or infinity; expected finite values in [0, 1]")
     low, high = (float(value) for value in torch.aminmax(images)) if images.numel() else (0.0, 0.0)
     if low < 0 or high > 1:
-        raise InputError(
-            f"images: expected values in [0, 1], found {low:.3g} to {high:.3g}; leave normalisation to the model: "
-            "tp_mrs.normalize(model, mean, std)"
+        are_bytes = low >= 0 and high > 2
+        remedy = (
+            "divide by 255" if are_bytes else "leave normalisation to the model: tp_mrs.normalize(model, mean, std)"
         )
+        raise InputError(f"images: expected values in [0, 1], found {low:.3g} to {high:.3g}; {remedy}")
     return images
 
 

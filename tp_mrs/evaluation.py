@@ -37,7 +37,8 @@ class Evaluation:
         macs: multiply-accumulates for one image, as Torch-Pruning counts them.
         params: number of parameters.
         size_bytes: of parameters and buffers in memory.
-        latency_ms: median time of one image on the model's device, in milliseconds; None if not asked for.
+        latency_ms: median time of one image on the model's device, in milliseconds, on a CPU in one thread; None if not
+            asked for.
         eps: size of the named attacks' perturbation.
         outcomes: "clean" and the name of each attack → whether each image was classified correctly, in the order of
             the data: a bit each, as hexadecimal text; `outcome(name)` unpacks it.
@@ -154,7 +155,7 @@ def comparison(rows: Mapping[str, Evaluation]) -> tuple[dict[str, list[tuple[str
         "MB": [f"{each.size_bytes / 1e6:.2f}" for each in evaluations],
     }
     if evaluations[0].latency_ms is not None:
-        sizes["ms, one image"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
+        sizes["ms, one image, one thread"] = [f"{each.latency_ms or 0:.2f}" for each in evaluations]
     return accuracies, sizes
 
 
@@ -264,11 +265,14 @@ def size_in_bytes(model: nn.Module) -> int:
 
 
 def measure_latency(model: nn.Module, images: Tensor, *, seconds: float = 0.3) -> float:
-    """Median time of a forward pass over `images` in eval mode, in milliseconds, by `torch.utils.benchmark`."""
+    """Median time of a forward pass over `images` in eval mode, in milliseconds, by `torch.utils.benchmark`.
+
+    On a CPU in one thread: several wait for each other, for ever so long where other processes are at work.
+    """
     from torch.utils.benchmark import Timer  # warns where there is nvcc but no GPU
 
     with borrowed(model), torch.no_grad():
-        timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+        timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=1)
         return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 

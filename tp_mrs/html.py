@@ -117,9 +117,8 @@ def in_short(attack: str) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """What to keep in mind: signs of masked gradients, and rankings that are not settled."""
-    masked = [f"{name}: {text}" for name, each in report.stages.items() for text in each.warnings]
-    return [*masked, *(f"Sensitivity: {text}" for text in report.rounds[0].sensitivity.doubts())]
+    """Signs of masked gradients."""
+    return [f"{name}: {text}" for name, each in report.stages.items() for text in each.warnings]
 
 
 def _results(report: Report) -> list[str]:

@@ -13,13 +13,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .architectures import LAYERS, refresh
 from .attacks import AttackLike, build
 from .batches import check_again
-from .costs import fractions, macs_of, prices
+from .costs import fractions, least_kept, macs_of, prices
 from .errors import InputError, check_choice, check_count, check_flag, check_number, device_of
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
-from .pruning import LAYERS, layers_of, prunable_groups, refresh, side_of, width
+from .pruning import layers_of, prunable_groups, side_of, width
 from .sensitivity import Sensitivity
 from .uncertainty import Array
 
@@ -36,6 +37,20 @@ _HIGHEST, _OUT_OF_REACH = 1e24, 1e27
 
 _TOLD_APART, _LEAST = 1e-6, 1e-12
 """Fraction of a group's least loss above 0, or of the second if it has none, that tells its channels apart."""
+
+
+def described(base: BaseName | Callable[[Any], Tensor | None]) -> Any:
+    """What tells one base from another: the name of a function; the class of an object, and its plain attributes."""
+    if isinstance(base, str):
+        return base
+    kind = base if hasattr(base, "__qualname__") else type(base)
+    plain = {name: value for name, value in getattr(base, "__dict__", {}).items() if not callable(value)}
+    return {
+        "base": f"{kind.__module__}.{kind.__qualname__}",
+        **{
+            name: value for name, value in plain.items() if value is None or isinstance(value, bool | int | float | str)
+        },
+    }
 
 
 class MRSImportance(tp.importance.Importance):
@@ -136,17 +151,15 @@ class MRSImportance(tp.importance.Importance):
 
     def __call__(self, group: Any) -> Tensor | None:
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
-        measurement, names = self.measurement(), self._names(group)
+        scores, names = self.base_scores(group), self._names(group)
+        if scores is None:
+            return None
         group, channels = sorted_copy(group), len(group[0].idxs)
         repeats = self._repeats(group, names)
         units = channels // repeats
         losses = np.square(np.sort(self._units(group, names, units)))
         losses += _TOLD_APART * min(losses[losses > 0], default=_LEAST) * fractions(units)
         cost = repeats * self._cost(group, names)
-        with lent_gradients(self.model, measurement.gradients):
-            scores = checked_scores(self.base(group), channels)
-        if scores is None:
-            return None
         found = prices(losses, cost, self.alpha).clip(max=_HIGHEST)
         kept = math.ceil(self._kept(group, channels) / repeats)
         found[units - kept :] = _OUT_OF_REACH * (1 + fractions(units)[:kept])
@@ -154,6 +167,11 @@ class MRSImportance(tp.importance.Importance):
         order = scores.view(repeats, units).mean(dim=0).argsort(stable=True)
         ordered[order] = torch.tensor(found, dtype=torch.float32, device=scores.device)
         return ordered.repeat(repeats)
+
+    def base_scores(self, group: Any) -> Tensor | None:
+        """What the base alone gives the channels of a Torch-Pruning group: (channels of its root,), or None."""
+        with lent_gradients(self.model, self.measurement().gradients):
+            return checked_scores(self.base(sorted_copy(group)), len(group[0].idxs))
 
     def sensitivity_of_channels(self, group: Any) -> Tensor:
         """T_u of each channel of a Torch-Pruning group, see `Sensitivity.units`: (channels of its root,)."""
@@ -201,7 +219,7 @@ class MRSImportance(tp.importance.Importance):
         """How many of the group's channels are to stay, by the most that it has been seen with."""
         root = group[0].dep.target.module, group[0].dep.handler
         self._widest[root] = max(channels, self._widest.get(root, 0))
-        least = max(1, math.ceil(self.min_keep * self._widest[root]))
+        least = least_kept(self._widest[root], self.min_keep)
         return min(channels, math.ceil(least / self.round_to) * self.round_to)
 
     def _names(self, group: Any) -> dict[nn.Module, str]:
@@ -223,7 +241,7 @@ class _Layout:
     def of(cls, model: nn.Module, example: Tensor) -> _Layout:
         layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
         macs: dict[str, float] = {}
-        for full, name, _ in macs_of(model, example, layers):
+        for full, name in macs_of(model, example, layers):
             macs[name] = macs.get(name, 0.0) + full  # attention is counted as a whole, under its first layer's name
         groups = prunable_groups(model, example)
         repeats: dict[tuple[str | None, str], int] = {
@@ -247,7 +265,7 @@ def checked_scores(scores: object, channels: int) -> Tensor | None:
             f"got {got}; pass an object such as tp.importance.MagnitudeImportance(), or a function of a group"
         )
     if not scores.isnan().any():
-        return scores
+        return scores.float()
     if not scores.isnan().all():
         raise InputError("base: expected a score for each channel, found NaN among them; correct the importance")
     return torch.zeros_like(scores)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .architectures import LAYERS
 from .attacks import AttackLike, attacked_batches, describe
 from .borrowing import borrowed
 from .compensation import Moments, recording, summed
@@ -21,7 +22,7 @@ from .errors import InputError, check_choice, check_count, check_full_precision,
 from .estimators import RobustLoss, first_order, projected_gradient_ascent
 from .numerics import Precision, check_precision, in_channels_last
 from .processes import failing_together, gather
-from .pruning import LAYERS, Group, prunable_groups
+from .pruning import Group, prunable_groups
 from .readers import reading
 from .sensitivity import Sensitivity, combined
 from .uncertainty import Array

@@ -7,39 +7,28 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import (
-    Kept,
-    amount,
-    check_allocation,
-    check_reachable,
-    least_units,
-    part_of_the_way,
-    plan_for,
-    ratios_of,
-    single_budget,
-)
+from .allocation import Kept, Planner, amount, check_allocation, is_met, least_units, single_budget
 from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
-from .compensation import step_with
-from .errors import check_count, check_example_inputs, check_flag, check_number, naming
+from .errors import check_count, check_example_inputs, check_flag, check_layers, check_number, naming
 from .evaluation import Evaluation, evaluate, measure_latency
 from .files import write_json
 from .finetuning import Finetuning, check_training, finetune
-from .importance import BaseName, MRSImportance
+from .importance import BaseName, MRSImportance, described
 from .measuring import Estimator
 from .processes import gather, place
-from .pruning import prunable_groups, prune_by_ratio, width
+from .pruning import prunable_groups
 from .recalibration import recalibrate
 from .sensitivity import Sensitivity
 from .stages import Stages, plainly
+from .steps import Pruning, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,6 +120,7 @@ def mrpf(
     alpha: float = 0.5,
     min_keep: float = 0.1,
     round_to: int | None = None,
+    ignored_layers: Iterable[nn.Module] = (),
     base: BaseName | Callable[[Any], Tensor | None] = "sensitivity",
     compensate: bool = True,
     epsilon: float = 0.1,
@@ -169,10 +159,12 @@ def mrpf(
             each costs a measurement.
         alpha, round_to: as for `allocate`.
         min_keep: least fraction of the dense model's channels that a group keeps, in (0, 1].
+        ignored_layers: layers, or blocks of them, that keep their outputs, as for `pruner_kwargs`.
         base: which channels go within a group, as for `MRSImportance`.
         compensate: let layers make up for the channels that they lose, as `compensated_step` does. If not, BatchNorm's
             variances are set anew, too.
-        epsilon, estimator, steps: as for `MRSImportance`.
+        epsilon, estimator, steps: of the report's sensitivities, as for `MRSImportance`; what is pruned does not depend
+            on them.
         calibration_data: images to measure and recalibrate on, from the training split; `train_data` if None.
         max_batches: of the calibration data, per step.
         test_data: for evaluating before, after pruning and after fine-tuning; None to skip that.
@@ -184,15 +176,16 @@ def mrpf(
         checkpoint: a folder in which to keep what each round has made and how far fine-tuning has come; created if need
             be. Called again with the dense model and the same arguments, after whatever interruption, it goes on from
             there, and model and report become those of an undisturbed run (bit for bit on a CPU, as for `finetune`;
-            latencies aside, which are measured). Remove the folder when you have saved the result.
+            latencies aside, which are measured). Functions of yours are told apart by name, not by what they do. Remove
+            the folder when you have saved the result.
         progress: show bars on a terminal.
         **training: further arguments of `finetune`, such as `objective="trades"` or `lr=0.02`.
 
     Raises:
-        InputError: an argument or a batch is unusable, or the budget can't be met; or `checkpoint` is damaged or of
-            another run. Where an argument is unusable, or the first batch, nothing was changed. Where a later batch is,
-            the model may have been pruned already: with `checkpoint`, mend the data and start again from the dense
-            model; no work is lost.
+        InputError: an argument or a batch is unusable, or the budget can't be met within 1%; or `checkpoint` is damaged
+            or of another run. Where an argument is unusable, or the first batch, nothing was changed. Where a later
+            batch is, the model may have been pruned already: with `checkpoint`, mend the data and start again from the
+            dense model; no work is lost.
         DivergenceError: a loss is not finite.
     """
     budget, target = single_budget(macs=macs, params=params, channels=channels)
@@ -200,6 +193,7 @@ def mrpf(
     check_options(rounds=rounds, iterative_steps=iterative_steps, epochs=epochs, **allocating)
     check_flag("compensate", compensate)
     check_example_inputs(model, example_inputs)
+    ignored = check_layers("ignored_layers", ignored_layers, model)
     training |= {"attack": train_attack, "eps": eps, "progress": progress}
     with naming("train_attack"):
         check_training(model, train_data, epochs=epochs or 1, **training)
@@ -214,9 +208,7 @@ def mrpf(
         "seed": seed,
     }
 
-    def importance() -> MRSImportance:
-        # ratios are set for each group here, so that the base alone decides, whatever α is
-        return MRSImportance(model, images, attack, alpha=0.0, moments=compensate, progress=progress, **measuring)
+    importance = partial(MRSImportance, model, images, attack, moments=compensate, progress=progress, **measuring)
 
     def assess() -> Evaluation | None:
         if test_data is None:
@@ -233,6 +225,7 @@ def mrpf(
         "rounds": rounds,
         "iterative_steps": iterative_steps,
         **allocating,
+        "ignored_layers": [name for name, module in model.named_modules() if module in ignored],
         "base": base if isinstance(base, str) else type(base).__name__,
         "compensate": compensate,
         "attack": describe(attack, model),
@@ -240,72 +233,51 @@ def mrpf(
         "eps": eps,
         "seed": seed,
     }
-    groups = prunable_groups(model, example_inputs)
+    groups = prunable_groups(model, example_inputs, ignored)
     least = least_units(groups, min_keep)
-    check_reachable(model, example_inputs, groups, budget, target, least=least, round_to=round_to)
+    Planner(model, example_inputs, groups, budget, least, round_to).check_reachable(target)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
-    job = plainly({**decisive, **measuring, **data, "attacks": attacks, "train_attack": train_attack, **settings})
-    stages = Stages(checkpoint, model, job, data.values(), keeps=(Round, Sensitivity, Evaluation))
+    named = {"attacks": attacks, "train_attack": train_attack, "channels by": described(base)}
+    job = plainly({**decisive, **measuring, **data, **named, **settings})
+    stages = Stages(checkpoint, model, job, data.values(), keeps=(Round, Sensitivity, Evaluation, Step))
 
     dense = None if test_data is None else copied(model)  # timed beside the pruned one in the end
 
     def prepare() -> dict[str, Any]:
         return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
 
-    def prune(goal: float, left: int, planned: Kept | None) -> dict[str, Any]:
-        """The first of the steps that are left to the goal; `planned` is what the one before meant to keep."""
-        scores = importance()
-        with naming(source):
-            measurement = scores.measurement()
-        groups = prunable_groups(model, example_inputs)
-        sensitivity = measurement.sensitivity(groups)
-        fraction = min(goal / amount(model, example_inputs, budget), 1.0)
-        plan = plan_for(
-            model,
-            example_inputs,
-            groups,
-            sensitivity,
-            budget,
-            fraction,
-            alpha=alpha,
-            least=least,
-            round_to=round_to,
-            otherwise=planned,  # with few channels left to choose from, it may be the only one
-        )
-        kept = part_of_the_way(groups, plan, 1 / left, round_to)
-        widths = {group.name: width(model.get_submodule(group.name), "out") for group in groups}
-        step = partial(step_with, moments=measurement.moments) if compensate else methodcaller("step")
-        prune_by_ratio(model, example_inputs, ratios_of(model, groups, kept), scores, step)
-        with naming(source):
-            anew = not compensate
-            recalibrate(model, images, variances=anew, max_batches=max_batches, seed=seed, progress=progress)
-        return {
-            "plan": plan,
-            "kept": {group.name: kept[group.name] / group.units for group in groups},
-            "widths": {name: (before, width(model.get_submodule(name), "out")) for name, before in widths.items()},
-            "reached": amount(model, example_inputs, budget),
-            "sensitivity": sensitivity.to_dict(),
-            "pruned": _plain(assess()) if left == 1 else None,
-        }
+    settle = partial(
+        recalibrate, model, images, variances=not compensate, max_batches=max_batches, seed=seed, progress=progress
+    )
+    pruning = Pruning(
+        model, example_inputs, importance, settle, compensate, source, budget, alpha, least, round_to, ignored, seed
+    )
+
+    def prune(goal: float, left: int, planned: Kept | None, final: float | None) -> dict[str, Any]:
+        step = pruning.step(goal, 1 / left, planned, final)
+        return asdict(replace(step, pruned=_plain(assess())) if left == 1 else step)
 
     start = stages.do("dense", prepare)
     done: list[Round] = []
     for index in range(rounds):
         goal = target ** ((index + 1) / rounds)
-        made: list[dict[str, Any]] = []
+        made: list[Step] = []
         for left in range(iterative_steps, 0, -1):
-            planned = made[-1]["plan"] if made else None
-            name = f"round-{index + 1}-step-{len(made) + 1}"
-            made.append(stages.do(name, partial(prune, goal * start["dense"], left, planned)))
-        reached = made[-1]["reached"] / start["dense"]
-        logger.info("round %d of %d: %s at %.1f%% of the dense model's", index + 1, rounds, budget, 100 * reached)
+            planned, final = made[-1].plan if made else None, None if done or made else target
+            stage = partial(prune, goal * start["dense"], left, planned, final)
+            made.append(Step(**stages.do(f"round-{index + 1}-step-{len(made) + 1}", stage)))
+            reached = made[-1].reached / start["dense"]
+            where = f"round {index + 1} of {rounds}, step {len(made)} of {iterative_steps}"
+            logger.info("%s: pruned to %.1f%% of the dense model's %s", where, 100 * reached, budget)
         record = None
         if epochs > 0:
             file = stages.file(f"round-{index + 1}-training")
             record = finetune(model, train_data, epochs=epochs, seed=seed + index, checkpoint=file, **training)
         done.append(_round(goal, reached, made, record))
+    if not is_met(done[-1].reached, target):
+        logger.warning("%s=%g: what was left to prune allowed %.4f", budget, target, done[-1].reached)
     evaluations = [_evaluation(start["before"]), done[-1].pruned, assess() if epochs > 0 else done[-1].pruned]
     if dense is not None:
         evaluations = _with_latencies(evaluations, dense, model, example_inputs[:1])
@@ -314,16 +286,16 @@ def mrpf(
     return Report(before, after, tuple(done), settings)
 
 
-def _round(target: float, reached: float, steps: Sequence[Mapping[str, Any]], finetuning: Finetuning | None) -> Round:
+def _round(target: float, reached: float, steps: Sequence[Step], finetuning: Finetuning | None) -> Round:
     """What the steps of a round come to."""
     first, last = steps[0], steps[-1]
     return Round(
         target,
         reached,
-        Sensitivity.from_dict(first["sensitivity"]),
-        {name: 1 - math.prod(step["kept"][name] for step in steps) for name in first["kept"]},
-        {name: (before, last["widths"][name][1]) for name, (before, _) in first["widths"].items()},
-        _evaluation(last["pruned"]),
+        Sensitivity.from_dict(first.sensitivity),
+        {name: 1 - math.prod(step.kept.get(name, 1.0) for step in steps) for name in first.kept},
+        {name: (before, last.widths.get(name, (1, 1))[1]) for name, (before, _) in first.widths.items()},
+        _evaluation(last.pruned),
         finetuning,
     )
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from .architectures import LAYERS, NumHeads, fixed_layers, module_pruners, refresh
 from .borrowing import borrowed, still_frozen
-from .errors import InputError, check_example_inputs, device_of
+from .errors import InputError, check_example_inputs, check_layers, device_of
 from .tracing import node_pruners, reasons_to_keep, trace
 
 PRUNING_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, KeyError)
 """What tracing, pruning and running a model raise where its dependency graph is wrong."""
 
 
-def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
+def pruner_kwargs(model: nn.Module, ignored_layers: Iterable[nn.Module] = ()) -> dict[str, Any]:
     """Arguments that any Torch-Pruning pruner needs for a timm model: pass them as `**pruner_kwargs(model)`.
 
     The classifier is ignored, so that the outputs stay; the attention layers' numbers of heads are given. All
@@ -32,14 +32,16 @@ def pruner_kwargs(model: nn.Module) -> dict[str, Any]:
 
     Args:
         model: a timm model, or any model whose classifier is its last linear or convolutional layer.
+        ignored_layers: further layers, or blocks of them, that keep their outputs.
 
     Raises:
-        InputError: the model has no layer that could be pruned.
+        InputError: the model has no layer that could be pruned, or an ignored layer is none of its own.
     """
     device_of(model)
+    ignored = check_layers("ignored_layers", ignored_layers, model)
     channel_groups: dict[nn.Module, int] = {}
     return {
-        "ignored_layers": [*_classifier(model), *fixed_layers(model)],
+        "ignored_layers": [*_classifier(model), *fixed_layers(model), *ignored],
         "num_heads": NumHeads(model),
         "in_channel_groups": {},
         "out_channel_groups": channel_groups,
@@ -86,7 +88,13 @@ class Group:
     layers: tuple[str, ...]
 
 
-def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = None, **kwargs: Any) -> Any:
+def build_pruner(
+    model: nn.Module,
+    example_inputs: Tensor,
+    importance: Any = None,
+    ignored_layers: Iterable[nn.Module] = (),
+    **kwargs: Any,
+) -> Any:
     """A `tp.pruner.BasePruner` with `pruner_kwargs(model)`; training flags, gradients and random state are kept.
 
     Raises:
@@ -94,7 +102,7 @@ def build_pruner(model: nn.Module, example_inputs: Tensor, importance: Any = Non
     """
     check_example_inputs(model, example_inputs)
     importance = importance if importance is not None else tp.importance.MagnitudeImportance()
-    arguments = {**pruner_kwargs(model), **kwargs}
+    arguments = {**pruner_kwargs(model, ignored_layers), **kwargs}
     with borrowed(model):
         try:
             with torch.no_grad():
@@ -153,13 +161,13 @@ def rooted_groups(pruner: Any) -> Iterator[RootedGroup]:
         yield RootedGroup(raw, root, len(raw[0].idxs) // repeats, repeats)
 
 
-def prunable_groups(model: nn.Module, example_inputs: Tensor) -> list[Group]:
-    """The coupled groups from which a pruner with `pruner_kwargs(model)` removes channels.
+def prunable_groups(model: nn.Module, example_inputs: Tensor, ignored_layers: Iterable[nn.Module] = ()) -> list[Group]:
+    """The coupled groups from which a pruner with `pruner_kwargs(model, ignored_layers)` removes channels.
 
     Raises:
         InputError: there are none.
     """
-    pruner = build_pruner(model, example_inputs)
+    pruner = build_pruner(model, example_inputs, ignored_layers=ignored_layers)
     names = {module: name for name, module in model.named_modules()}
     groups = [_describe_group(pruner, rooted, names) for rooted in rooted_groups(pruner)]
     if not groups:

@@ -55,9 +55,7 @@ class Stages:
         job = Checkpoint.of(self.folder / "job.safetensors", model, {**settings, **kept})
         if job.read() is None:
             if gather(any(not path.name.startswith(".") for path in self.folder.iterdir()))[0]:
-                raise InputError(
-                    f"checkpoint: {self.folder} holds other files; choose another folder, or delete it to start anew"
-                )
+                raise InputError(f"checkpoint: {self.folder} holds other files; choose an empty folder, or a new one")
             job.write({})
         self._job = job.run
 

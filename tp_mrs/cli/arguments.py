@@ -208,7 +208,11 @@ def _measuring() -> argparse.ArgumentParser:
 
 def _training() -> argparse.ArgumentParser:
     parent, group = _group("training")
-    group.add_argument("--objective", default="pgd", help=f"one of {', '.join(OBJECTIVES)}, or with -awp (pgd)")
+    group.add_argument(
+        "--objective",
+        default="pgd",
+        help=f"one of {', '.join(OBJECTIVES)}, each also with -awp; with --teacher ard or rslad (pgd)",
+    )
     group.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
     group.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
     group.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
