@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tp_mrs
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet
 from tp_mrs import DivergenceError, InputError, compensated_step
-from tp_mrs.compensation import RIDGES, WIDEST, Moments, _prediction, make_up, recording
+from tp_mrs.compensation import RIDGES, WIDEST, Moments, _errors, _prediction, make_up, recording
 from tp_mrs.pruning import build_pruner
 
 
@@ -170,9 +170,25 @@ def test_prediction_is_ridge_regression(seed: int, stay: int, go: int, ridge: fl
     right = np.concatenate([targets - means[stay:], np.zeros((stay, go))])
     expected = np.linalg.lstsq(left, right, rcond=None)[0]
     whole = moments_of(torch.from_numpy(rows)).sum(dim=0)
-    found = _prediction(whole, torch.arange(stay + go) >= stay, ridge, constant)
-    np.testing.assert_allclose(found[:-1], expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(found[-1], means[stay:] - means[:stay] @ expected, rtol=1e-5, atol=1e-7)
+    coefficients, shift = _prediction(whole, torch.arange(stay + go) >= stay, ridge, constant)
+    np.testing.assert_allclose(coefficients, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(shift, means[stay:] - means[:stay] @ expected, rtol=1e-5, atol=1e-7)
+
+
+@given(seed=st.integers(0, 2**16), stay=st.integers(1, 5), go=st.integers(1, 3), constant=st.booleans())
+def test_errors_are_those_on_the_rows_of_the_other_half(seed: int, stay: int, go: int, constant: bool) -> None:
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(40, stay + go)) @ generator.normal(size=(stay + go, stay + go)) + 3
+    read, lost = generator.normal(size=(4, go)), torch.arange(stay + go) >= stay
+    one, other = moments_of(torch.from_numpy(rows))
+    unseen = rows[20:]
+    expected = []
+    for ridge in RIDGES:
+        coefficients, shift = (part.numpy() for part in _prediction(one, lost, ridge, constant))
+        missed = (unseen[:, stay:] - unseen[:, :stay] @ coefficients - shift) @ read.T
+        expected.append(np.mean(np.sum(missed**2, axis=1)))
+    found = _errors(one, other, lost, torch.from_numpy(read.T @ read), constant)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_nothing_is_read_into_noise() -> None:

@@ -80,6 +80,7 @@ def test_the_budget_is_met_after_the_last_round(budget: Any, rounds: int, batche
     modules: Any = dict(model.named_modules())
     assert {name: modules[name].out_channels for name in report.widths} == {n: w[1] for n, w in report.widths.items()}
     assert report.widths["conv1"][0] == 64
+    assert list(report.widths) == [name for name, _ in model.named_modules() if name in report.widths]
     assert json.loads(report.save(tmp_path / "r.json").read_text())["settings"]["budget"] == measure
     assert "fine-tuned" in str(report)
     assert len(report.plot().axes) == 3

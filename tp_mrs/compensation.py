@@ -267,20 +267,17 @@ def _blocks(moments: Tensor, count: int) -> Iterator[Tensor]:
 def _replacement(read: Tensor, moments: Tensor, lost: Tensor, constant: bool) -> tuple[Tensor, Tensor]:
     """W B, (outputs, inputs that stay, *kernel), and W b, (outputs,)."""
     demand = torch.einsum("oi...,oj...->ij", read, read)
-    halves = [(moments[0], moments[1]), (moments[1], moments[0])]
-
-    def error(ridge: float) -> float:
-        return sum(_error(other, lost, _prediction(one, lost, ridge, constant), demand) for one, other in halves)
-
-    prediction = _prediction(moments.sum(dim=0), lost, min(RIDGES, key=error), constant)
+    one, other = moments
+    errors = _errors(one, other, lost, demand, constant) + _errors(other, one, lost, demand, constant)
+    coefficients, shift = _prediction(moments.sum(dim=0), lost, RIDGES[int(errors.argmin())], constant)
     total = read.flatten(2).sum(2) if read.dim() > 2 else read
-    return torch.einsum("si,oi...->os...", prediction[:-1], read), total @ prediction[-1]
+    return torch.einsum("si,oi...->os...", coefficients, read), total @ shift
 
 
-def _prediction(moments: Tensor, lost: Tensor, ridge: float, constant: bool) -> Tensor:
-    """B and, behind it, b: (inputs that stay + 1, inputs that go)."""
-    mean = moments[-1, :-1] / moments[-1, -1] if constant else torch.zeros_like(moments[-1, :-1])
-    spread = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
+def _prediction(moments: Tensor, lost: Tensor, ridge: float, constant: bool) -> tuple[Tensor, Tensor]:
+    """B, (inputs that stay, inputs that go), and b, (inputs that go,)."""
+    mean = _mean(moments, constant)
+    spread = _spread(moments, mean)
     within, across = spread[~lost][:, ~lost], spread[~lost][:, lost]
     coefficients = torch.zeros_like(across)
     if math.isfinite(ridge):
@@ -288,12 +285,36 @@ def _prediction(moments: Tensor, lost: Tensor, ridge: float, constant: bool) -> 
         factor, failed = torch.linalg.cholesky_ex(within + level)
         if not failed:
             coefficients = torch.cholesky_solve(across, factor)
-    return torch.cat([coefficients, (mean[lost] - mean[~lost] @ coefficients)[None]])
+    return coefficients, mean[lost] - mean[~lost] @ coefficients
 
 
-def _error(moments: Tensor, lost: Tensor, prediction: Tensor, demand: Tensor) -> float:
-    """Mean square of what the prediction misses, weighted by `demand`, (inputs that go) twice."""
-    stay, go = torch.cat([~lost, lost.new_ones(1)]), torch.cat([lost, lost.new_zeros(1)])
-    across, within = moments[stay][:, go], moments[stay][:, stay]
-    missed = moments[go][:, go] - 2 * prediction.T @ across + prediction.T @ within @ prediction
-    return float((missed * demand).sum() / moments[-1, -1])
+def _errors(one: Tensor, other: Tensor, lost: Tensor, demand: Tensor, constant: bool) -> Tensor:
+    """What the prediction from one half's moments misses in the other, for each of `RIDGES`: (ridges,).
+
+    Its mean square, weighted by `demand`, (inputs that go) twice. Along the eigenvectors of the one half's spread, of
+    values v, B is its product with the inputs that go over v + λ, so that all ridges take one decomposition.
+    """
+    mean = _mean(one, constant)
+    mine, theirs = _spread(one, mean), _spread(other, mean)
+    values, basis = torch.linalg.eigh(mine[~lost][:, ~lost])
+    across = basis.T @ mine[~lost][:, lost]
+    wanted = across @ demand
+    linear = (wanted * (basis.T @ theirs[~lost][:, lost])).sum(dim=1)
+    square = (wanted @ across.T) * (basis.T @ theirs[~lost][:, ~lost] @ basis)
+    ridges = torch.tensor(RIDGES, dtype=values.dtype)[:, None]
+    raised = values.clamp(min=0) + torch.where(ridges.isinf(), ridges, ridges * values.mean())
+    gains = torch.where(raised > 0, 1 / raised, 0.0)
+    whole = (theirs[lost][:, lost] * demand).sum()
+    return whole - 2 * gains @ linear + (gains @ square * gains).sum(dim=1)
+
+
+def _mean(moments: Tensor, constant: bool) -> Tensor:
+    """Of the inputs, (inputs,); 0 where nothing can be added to the outputs."""
+    found = moments[-1, :-1] / moments[-1, -1]
+    return found if constant else torch.zeros_like(found)
+
+
+def _spread(moments: Tensor, about: Tensor) -> Tensor:
+    """Mean of (x - about)(x - about)ᵀ over the inputs x."""
+    mean = moments[-1, :-1] / moments[-1, -1]
+    return moments[:-1, :-1] / moments[-1, -1] - about.outer(mean) - (mean - about).outer(about)

@@ -72,7 +72,9 @@ def load_data(
         raise InputError(f"data_dir: {name} needs the folder that holds it; give data_dir (--data-dir)")
     root = check_path("data_dir", data_dir)
     if not root.is_dir() and not download:
-        raise InputError(f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download")
+        raise InputError(
+            f"data_dir: {root} is not a folder; give the one that holds {name}, or allow the download (--download)"
+        )
     if name == "image-folder":
         return _image_folder(root, image_size or 224)
     return LOADERS[name](root, download)

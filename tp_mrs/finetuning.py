@@ -342,7 +342,10 @@ def _validation(model: nn.Module, given: dict[str, Any]) -> Validation | None:
     if data is not None:
         return Validation(model, data, attack, eps=parse_eps(given["eps"]), seed=given["seed"])
     if given["patience"] is not None:
-        raise InputError("patience: it needs validation_data, held out from the training split, to tell improvement by")
+        raise InputError(
+            "patience: it needs validation_data (--validation-images), held out from the training split, to tell "
+            "improvement by"
+        )
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -101,7 +101,7 @@ class Pruning:
         return Step(
             plan,
             {name: kept[name] / units[name] for name in units},
-            {name: (before[name], after[name]) for name in units},
+            {name: (before[name], after[name]) for name in before},
             self._has(kept),
             sensitivity.to_dict(),
         )
@@ -123,8 +123,9 @@ class Pruning:
             return planned  # with few channels left to choose from, it may be the only one that meets the goal
         return plan
 
-    def _widths(self, names: Iterable[str]) -> dict[str, int]:
-        return {name: width(self.model.get_submodule(name), "out") for name in names}
+    def _widths(self, names: Container[str]) -> dict[str, int]:
+        """Output channels of the root of each group, in the order of the network."""
+        return {name: width(module, "out") for name, module in self.model.named_modules() if name in names}
 
     def _has(self, units: Kept) -> int:
         """How much the model has of the measure; `units` of each of its groups."""
