@@ -257,11 +257,11 @@ def evidence(subject: Subject, kind: str) -> Evidence:
     return found
 
 
-def mrs(base: Any, alpha: float = 0.5, kind: str = "adversarial") -> Make:
+def mrs(base: Any, kind: str = "adversarial") -> Callable[[Subject, nn.Module], MRSImportance]:
     """MRSImportance on the subject's images."""
 
     def make(subject: Subject, model: nn.Module) -> MRSImportance:
-        importance = MeasuredBefore(model, subject.calibration, subject.attack, base=base, alpha=alpha)
+        importance = MeasuredBefore(model, subject.calibration, subject.attack, base=base)
         importance.shared = evidence(subject, kind).measurement
         return importance
 
@@ -586,7 +586,13 @@ OTHERS: dict[str, Contender] = {
     "prune and measure, L2": Once(allocated(plain(L2), tried)),
 }
 
-OWN = mrs("sensitivity", alpha=0.0)  # ratios are by group: any alpha gives the same
+
+def own(kind: str = "adversarial") -> Make:
+    """As `mrpf` picks the channels of a group, whose number is set already."""
+    return lambda subject, model: mrs("sensitivity", kind=kind)(subject, model).base_scores
+
+
+OWN = own()
 OURS: dict[str, Contender] = {
     "mrpf": Once(one_round()),
     "mrpf, MART": Once(one_round(), MART),
@@ -627,7 +633,7 @@ ABLATIONS: dict[str, Contender] = {
     "mrpf, 1 step": Once(allocated(OWN, sensitivity, compensate=True)),
     "mrpf, 1 step, new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
-    "without attack: clean sensitivity": Once(allocated(mrs("sensitivity", 0.0, "clean"), clean_sensitivity)),
+    "without attack: clean sensitivity": Once(allocated(own("clean"), clean_sensitivity)),
     "without channels: score of the group": Once(allocated(OWN, whole_group)),
     "without allocation: α = 0": Once(allocated(OWN, sensitivity, alpha=0.0)),
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),

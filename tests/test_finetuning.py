@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def test_one_step_is_plain_gradient_descent() -> None:
     assert result.images == 1
 
 
+def test_without_a_terminal_each_epoch_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        finetune(small_cnn(), image_batches(2), objective="standard", epochs=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "tp_mrs.finetuning"]
+    assert [line.partition(":")[0] for line in lines] == [f"fine-tuned {done} of 4 batches" for done in (2, 4)]
+
+
 def test_the_bar_shows_robust_accuracy_on_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 0.5 ± 0.2 the first pixel decides: whether it is attacked below one half."""
     images, labels = torch.tensor([0.55, 0.6, 0.9, 0.2]).reshape(4, 1, 1, 1), torch.tensor([1, 1, 1, 0])
@@ -72,6 +80,8 @@ def test_the_bar_shows_robust_accuracy_on_the_last_batch(monkeypatch: pytest.Mon
 
 class Bar:
     """A progress bar that shows something at each update."""
+
+    disable = False
 
     def __init__(self, shown: list[dict[str, Any]]) -> None:
         self.set_postfix = shown.append

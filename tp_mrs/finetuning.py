@@ -219,8 +219,9 @@ def _run(training: Training, file: Checkpoint | None, journal: EpochLog, *, ever
                 file.write(training.state(complete=training.finished))
             if ended:
                 journal.update([asdict(epoch) for epoch in training.ended])
-                if shown and bar.disable:  # no terminal: a line for the log
-                    logger.info("fine-tuned %d of %d batches: %s", training.done, training.total, _shown(training))
+                if shown and bar.disable:  # there is no terminal
+                    told = ", ".join(f"{name} {value}" for name, value in _shown(training).items())
+                    logger.info("fine-tuned %d of %d batches: %s", training.done, training.total, told)
             if bar.update(training.done - before):  # it is time to show something
                 bar.set_postfix(_shown(training))
 
