@@ -23,7 +23,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import tp_mrs
-from benchmarks.contenders import CONTENDERS, OWN, Budget, Contender, Once, Subject, allocated, sensitivity
+from benchmarks.contenders import CONTENDERS, Budget, Contender, Once, Subject, one_round
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
 from tp_mrs.counting import count
@@ -47,11 +47,12 @@ NAMES = (
     "BN scale, global",
     "Taylor (adversarial), global",
     "Hessian (adversarial), global",
-    "MRS allocate",
+    "MRSImportance, global",
+    "mrpf",
 )
 COMPARED: dict[str, Contender] = {
     **{name: CONTENDERS[name] for name in NAMES},
-    f"MRS allocate, multiples of {ROUND_TO}": Once(allocated(OWN, sensitivity, round_to=ROUND_TO)),
+    f"mrpf, multiples of {ROUND_TO}": Once(one_round(round_to=ROUND_TO)),
 }
 NETWORK, BUDGET, BATCH, TURNS = ("cifar10", "resnet18"), Budget("macs", 0.5), 64, 21
 

@@ -81,6 +81,14 @@ def test_bad_statistics(mean: list[float], std: list[float]) -> None:
         normalize(small_cnn(), mean, std)
 
 
+@pytest.mark.parametrize("name", ["repvgg_a0", "gernet_s"])
+def test_other_families_stay_as_timm_makes_them(name: str) -> None:
+    model, theirs = create_model(name, num_classes=4, image_size=32), timm.create_model(name, num_classes=4)
+    theirs.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), theirs.eval()(images))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("resnet18", {"channels": (8, 8, 8, 8)}), ("resnet50", {}), ("vgg11_bn", {}), ("mobilevit_xxs", {})],

@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.byobnet import ByobNet
+from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
 from timm.models.resnet import ResNet
 from timm.models.vgg import VGG, ConvMlp
 from torch import Tensor, nn
@@ -157,8 +157,9 @@ def _fit_small_images(model: nn.Module, in_chans: int) -> None:
         model.num_features = model.head_hidden_size = features
         model.head.in_features = features
         model.reset_classifier(model.num_classes)
-    elif isinstance(model, ByobNet):
-        model.stem.conv.stride = (1, 1)
+    elif any(isinstance(module, MobileVitBlock | MobileVitV2Block) for module in model.modules()):
+        stem: Any = model.get_submodule("stem.conv")
+        stem.stride = (1, 1)
 
 
 def normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
