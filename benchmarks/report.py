@@ -511,6 +511,7 @@ def plot_curves(found: Sequence[Comparison], path: Path) -> None:
             axis.set_xscale("symlog", linthresh=0.1)
             ticks = [float(point) for point in points]
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_xlim(-0.02, 1.1 * max(ticks))
             axis.set_title(f"{one.key.subject},\n{one.key}", fontsize="medium")
             axis.set_xlabel("epochs of fine-tuning")
         finish(figure, axes, path, ROBUST)
