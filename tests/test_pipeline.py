@@ -188,6 +188,13 @@ def test_ignored_layers_keep_their_outputs(batches: Batches) -> None:
     assert "layer3" in report.settings["ignored_layers"]
 
 
+def test_a_budget_of_channels_is_of_those_that_are_not_ignored(batches: Batches) -> None:
+    model = two_layers(8, 12)
+    report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, channels=0.5, ignored_layers=[model[0]], epochs=0)
+    assert report.widths == {"2": (12, 6)}
+    assert report.rounds[0].reached == 0.5
+
+
 def test_nothing_to_prune_leaves_the_model_as_it_is(batches: Batches, caplog: pytest.LogCaptureFixture) -> None:
     model = small_resnet()
     with unchanged(model):

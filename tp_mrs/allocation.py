@@ -140,13 +140,16 @@ class Planner:
     def left(self, kept: Kept) -> float:
         """The fraction of the model that a copy pruned to this really has."""
         if self.measure == "channels":  # a group of one unit is none to Torch-Pruning, and could not be counted
-            return sum(kept.values()) / sum(group.units for group in self.groups)
+            return sum(kept.values()) / self.whole
         pruned = copied(self.model)
         prune_by_ratio(pruned, self.example_inputs, ratios_of(pruned, self.groups, kept))
-        return amount(pruned, self.example_inputs, self.measure) / self._whole
+        return amount(pruned, self.example_inputs, self.measure) / self.whole
 
     @cached_property
-    def _whole(self) -> int:
+    def whole(self) -> int:
+        """What the model has of the measure; of channels, those of its groups."""
+        if self.measure == "channels":
+            return sum(group.units for group in self.groups)
         return amount(self.model, self.example_inputs, self.measure)
 
     def check_reachable(self, target: float) -> None:

@@ -151,10 +151,11 @@ class MRSImportance(tp.importance.Importance):
 
     def __call__(self, group: Any) -> Tensor | None:
         """Score the channels of a Torch-Pruning group: (channels of its root,), or None if it has no weights."""
-        scores, names = self.base_scores(group), self._names(group)
+        names = self._names(group)
+        group, channels = sorted_copy(group), len(group[0].idxs)
+        scores = self._by_base(group)
         if scores is None:
             return None
-        group, channels = sorted_copy(group), len(group[0].idxs)
         repeats = self._repeats(group, names)
         units = channels // repeats
         losses = np.square(np.sort(self._units(group, names, units)))
@@ -170,8 +171,11 @@ class MRSImportance(tp.importance.Importance):
 
     def base_scores(self, group: Any) -> Tensor | None:
         """What the base alone gives the channels of a Torch-Pruning group: (channels of its root,), or None."""
+        return self._by_base(sorted_copy(group))
+
+    def _by_base(self, group: Any) -> Tensor | None:
         with lent_gradients(self.model, self.measurement().gradients):
-            return checked_scores(self.base(sorted_copy(group)), len(group[0].idxs))
+            return checked_scores(self.base(group), len(group[0].idxs))
 
     def sensitivity_of_channels(self, group: Any) -> Tensor:
         """T_u of each channel of a Torch-Pruning group, see `Sensitivity.units`: (channels of its root,)."""

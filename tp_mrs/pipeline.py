@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import Kept, Planner, amount, check_allocation, is_met, least_units, single_budget
+from .allocation import Kept, Planner, check_allocation, is_met, least_units, single_budget
 from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
@@ -235,7 +235,8 @@ def mrpf(
     }
     groups = prunable_groups(model, example_inputs, ignored)
     least = least_units(groups, min_keep)
-    Planner(model, example_inputs, groups, budget, least, round_to).check_reachable(target)
+    planner = Planner(model, example_inputs, groups, budget, least, round_to)
+    planner.check_reachable(target)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
     decisive = {name: value for name, value in training.items() if name not in no_matter}
@@ -246,7 +247,7 @@ def mrpf(
     dense = None if test_data is None else copied(model)  # timed beside the pruned one in the end
 
     def prepare() -> dict[str, Any]:
-        return {"before": _plain(assess()), "dense": amount(model, example_inputs, budget)}
+        return {"before": _plain(assess()), "dense": planner.whole}
 
     settle = partial(
         recalibrate, model, images, variances=not compensate, max_batches=max_batches, seed=seed, progress=progress

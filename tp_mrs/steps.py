@@ -87,7 +87,8 @@ class Pruning:
         sensitivity = measurement.sensitivity(groups)
         planner = Planner(self.model, self.example_inputs, groups, self.measure, self.least, self.round_to)
         units = {group.name: group.units for group in groups}
-        plan = self._plan(planner, sensitivity, goal, planned, final)
+        alone = len(self.least) - len(groups) if self.measure == "channels" else 0  # one channel is no group
+        plan = self._plan(planner, sensitivity, (goal - alone) / planner.whole, planned, final)
         kept = planner.part_of_the_way(plan, part)
         before = self._widths(units)
         if kept != units:
@@ -102,18 +103,17 @@ class Pruning:
             plan,
             {name: kept[name] / units[name] for name in units},
             {name: (before[name], after[name]) for name in before},
-            self._has(kept),
+            sum(kept.values()) + alone
+            if self.measure == "channels"
+            else amount(self.model, self.example_inputs, self.measure),
             sensitivity.to_dict(),
         )
 
     def _plan(
         self, planner: Planner, sensitivity: Sensitivity, goal: float, planned: Kept | None, final: float | None
     ) -> Kept:
-        """What each group is to keep at the goal."""
-        units = {group.name: group.units for group in planner.groups}
-        losses = losses_of(self.model, sensitivity, planner.groups)
-        alone = len(self.least) - len(units) if self.measure == "channels" else 0
-        fraction = min((goal - alone) / (self._has(units) - alone), 1.0)
+        """What each group is to keep at the goal, a fraction of what the model has now."""
+        losses, fraction = losses_of(self.model, sensitivity, planner.groups), min(goal, 1.0)
         if final is not None:
             plan = planner.plan(losses, final, self.alpha)
             if math.isclose(fraction, final):
@@ -126,9 +126,3 @@ class Pruning:
     def _widths(self, names: Container[str]) -> dict[str, int]:
         """Output channels of the root of each group, in the order of the network."""
         return {name: width(module, "out") for name, module in self.model.named_modules() if name in names}
-
-    def _has(self, units: Kept) -> int:
-        """How much the model has of the measure; `units` of each of its groups."""
-        if self.measure == "channels":
-            return sum(units.get(name, 1) for name in self.least)  # to Torch-Pruning one channel is no group
-        return amount(self.model, self.example_inputs, self.measure)
