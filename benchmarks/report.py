@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS, Budget
-from benchmarks.run import CELLS, FORMAT, Work, path_of
+from benchmarks.run import CELLS, FORMAT, MORE, Work, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
 from tp_mrs.errors import InputError
 from tp_mrs.files import check_output_folder, read_json, write_bytes
@@ -30,6 +30,9 @@ from tp_mrs.plotting import BLUE, GREEN, ORANGE
 
 ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
+SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
+"""What cells may have beside their curves → the attack to compare by."""
+
 SUMMARISED = (MAIN, "mrpf, MART")
 BESIDE = "L2, uniform, compensated, 4 steps"
 """The simplest criterion with our compensation and as many steps, beside ours in the summary."""
@@ -203,7 +206,8 @@ def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
 
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
-    parts = [summary(found), held_out(found), rank_table(found), *map(recovery, found), *map(by_autoattack, found)]
+    parts = [summary(found), held_out(found), rank_table(found), *map(recovery, found)]
+    parts += [again(comparison, measure) for comparison in found for measure in SECOND]
     parts += map(budget_table, found)
     return "\n\n".join(part for part in parts if part)
 
@@ -296,31 +300,37 @@ def recovery(comparison: Comparison) -> str:
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
 
 
-def by_autoattack(comparison: Comparison) -> str:
-    """Contenders right after pruning, on the images of which AutoAttack has been tried."""
-    tried = {
-        name: {seed: {**cell, "curve": cell.get("autoattack", {})} for seed, cell in cells.items()}
-        for name, cells in comparison.cells.items()
+def again(comparison: Comparison, measure: str) -> str:
+    """Contenders that were evaluated a second time, by one of `SECOND`, after each number of epochs."""
+    cells = {
+        name: {seed: {**cell, "curve": cell.get(measure, {})} for seed, cell in of.items()}
+        for name, of in comparison.cells.items()
     }
-    found = replace(comparison, cells=tried)
-    names, seeds = found.common("0"), found.seeds(MAIN, "0")
+    dense = {seed: cell[measure]["0"] for seed, cell in comparison.dense.items() if measure in cell}
+    found = replace(comparison, cells=cells, dense=dense)
+    return "\n\n".join(filter(None, (again_at(found, point, SECOND[measure]) for point in found.points())))
+
+
+def again_at(found: Comparison, point: str, attack: str) -> str:
+    """A table by this attack; nothing where there is none to compare with."""
+    names, seeds = found.common(point), found.seeds(MAIN, point)
     if len(names) < 2:
         return ""
+    columns = [column for column in COLUMNS if column in found.cells[MAIN][seeds[0]]["curve"][point]]
     rows = []
+    if set(seeds) <= set(found.dense):
+        rows.append(["dense", *(f"{found.dense_accuracy(seeds, column):.1f}" for column in columns), ""])
     for name in names:
-        row = [label(name)]
-        row += [f"{found.accuracy(name, '0', column, seeds):.1f}" for column in COLUMNS]
-        rows.append([*row, lead_text(found.lead(name, "0", attack="autoattack")) if name != MAIN else ""])
-    dense = {seed: cell["autoattack"]["0"] for seed, cell in comparison.dense.items() if "autoattack" in cell}
-    if set(seeds) <= set(dense):
-        means = [100 * statistics.mean(dense[seed][column] for seed in seeds) for column in COLUMNS]
-        rows.insert(0, ["dense", *(f"{mean:.1f}" for mean in means), ""])
-    images = tried[MAIN][seeds[0]]["curve"]["0"]["images"]
+        accuracies = [f"{found.accuracy(name, point, column, seeds):.1f}" for column in columns]
+        lead = lead_text(found.lead(name, point, attack=attack)) if name != MAIN else ""
+        rows.append([label(name), *accuracies, lead])
+    images = found.cells[MAIN][seeds[0]]["curve"][point]["images"]
+    when = f"after {epochs_text(point)} of fine-tuning" if float(point) else "right after pruning"
     title = (
-        f"**AutoAttack**, {comparison.key.subject}, {comparison.key}, right after pruning: {images} test images, "
-        f"{seeds_text(seeds)}."
+        f"**{COLUMNS[attack]}**, {found.key.subject}, {found.key}, {when}: {images:,} test images, {seeds_text(seeds)}."
     )
-    return f"{title}\n\n{markdown(['', *COLUMNS.values(), f'{MAIN} less this, AutoAttack'], rows)}"
+    header = ["", *(COLUMNS[column] for column in columns), f"{MAIN} less this, {COLUMNS[attack]}"]
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def crossing(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:

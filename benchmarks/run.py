@@ -43,6 +43,7 @@ from tp_mrs.storage import checksum, tensors_of
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
 WITH_AUTOATTACK = ("pgd-20", "autoattack")
+MORE = "more images"
 
 PruneAndTune = Callable[[float], nn.Module]  # for so many epochs
 Assess = Callable[[nn.Module], dict[str, Any]]
@@ -66,6 +67,7 @@ class Tier:
         contenders: by name.
         finetuned: those of them that are fine-tuned.
         attacks: to evaluate with.
+        more_images: on how many test images to evaluate a second time, for narrower intervals.
         autoattack: on how many test images to try that, too.
     """
 
@@ -75,6 +77,7 @@ class Tier:
     finetuned: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
     test_images: int = 500
     attacks: Sequence[str] = ("pgd-20",)
+    more_images: int = 0
     autoattack: int = 0
 
     def work(self) -> Iterator[tuple[Work, Sequence[float]]]:
@@ -242,6 +245,7 @@ def do(
     finetuned: Container[str] | None = None,
     test_images: int = 500,
     attacks: Sequence[str] = ("pgd-20",),
+    more_images: int = 0,
     autoattack: int = 0,
 ) -> None:
     """All missing cells of one budget and seed, and the missing points of their curves.
@@ -255,6 +259,7 @@ def do(
         finetuned: names of contenders to fine-tune; all if None.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
+        more_images: evaluate a second time on so many test images, the first of which are those.
         autoattack: evaluate by AutoAttack, too, on so many test images; a hundred take minutes on a CPU.
 
     Raises:
@@ -265,13 +270,16 @@ def do(
     head = {"data": work.data, "network": work.network, "seed": work.seed}
     settings = {**settings_of(work, test_images), "dense": checksum(tensors_of(subject.model))}
     measures: dict[str, Assess] = {"curve": partial(assess, subject=subject, test_images=test_images, attacks=attacks)}
+    if more_images:
+        measures[MORE] = partial(assess, subject=subject, test_images=more_images, attacks=attacks)
     if autoattack:
         measures["autoattack"] = partial(assess, subject=subject, test_images=autoattack, attacks=WITH_AUTOATTACK)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
         dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject), **provenance())
-    if autoattack and "autoattack" not in dense.content:
-        dense.add(autoattack={"0": {**measures["autoattack"](subject.model), **provenance()}})
+    for measure, assessed in measures.items():
+        if measure != "curve" and measure not in dense.content:
+            dense.add(**{measure: {"0": {**assessed(subject.model), **provenance()}}})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
@@ -329,6 +337,7 @@ def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, dat
         finetuned=tier.finetuned,
         test_images=tier.test_images,
         attacks=tier.attacks,
+        more_images=tier.more_images,
         autoattack=tier.autoattack,
     )
 
@@ -352,7 +361,7 @@ def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tupl
     Raises:
         InputError: it is none of the tier's.
     """
-    for name, low in (("jobs", 1), ("autoattack", 0)):
+    for name, low in (("jobs", 1), ("more_images", 0), ("autoattack", 0)):
         check_count(name, getattr(arguments, name), low=low)
     for seed in arguments.seeds or ():
         check_seed(seed)
@@ -363,7 +372,8 @@ def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tupl
     for name, there in (("networks", networks), ("budgets", budgets), ("epochs", points)):
         for wanted in getattr(arguments, name) or ():
             check_choice(name, wanted, there)
-    tier = replace(tier, seeds=arguments.seeds or tier.seeds, autoattack=arguments.autoattack)
+    also = {"more_images": arguments.more_images, "autoattack": arguments.autoattack}
+    tier = replace(tier, seeds=arguments.seeds or tier.seeds, **also)
     if arguments.contenders:
         tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
     found: list[tuple[Work, Sequence[float]]] = [
@@ -389,6 +399,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
     parser.add_argument("--epochs", nargs="+", help="only these of the tier")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
+    parser.add_argument("--more-images", type=int, default=0, metavar="IMAGES", help="evaluate on so many, too")
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     try:

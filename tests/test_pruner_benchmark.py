@@ -236,6 +236,7 @@ def test_two_runs_at_once_lose_nothing(tmp_path: Path) -> None:
     [
         (["--jobs", "0"], "jobs: expected an integer >= 1"),
         (["--autoattack", "-5"], "autoattack: expected an integer >= 0"),
+        (["--more-images", "-5"], "more_images: expected an integer >= 0"),
         (["--seeds", "-1"], "seed: expected an integer from 0"),
         (["--epochs", "7"], "epochs: expected one of 0, 1"),
         (["--budgets", "macs-50", "50"], "budgets: expected one of macs-50"),
@@ -260,8 +261,8 @@ def test_options_that_the_tier_does_not_have(
 
 def test_a_part_of_a_tier_is_its_budgets_with_the_epochs_asked_for() -> None:
     wanted = {"networks": ["digits/vgg11_bn"], "budgets": None, "epochs": ["1"], "seeds": [5], "contenders": [MAIN]}
-    tier, work = run.selected(run.TIERS["cpu"], argparse.Namespace(jobs=1, autoattack=3, **wanted))
-    assert (tier.seeds, tier.autoattack, tier.contenders) == ([5], 3, [MAIN])
+    tier, work = run.selected(run.TIERS["cpu"], argparse.Namespace(jobs=1, more_images=7, autoattack=3, **wanted))
+    assert (tier.seeds, tier.more_images, tier.autoattack, tier.contenders) == ([5], 7, 3, [MAIN])
     assert [(one.budget.text, list(epochs)) for one, epochs in work] == [("macs-50", [1]), ("macs-25", [1])]
 
 
@@ -300,7 +301,7 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     assert found["images"] == 6
     assert found["autoattack"] <= found["pgd-20"] <= found["clean"]
     assert found["autoattack"] == report.right({**after, "curve": after["autoattack"]}, "0", "autoattack").mean()
-    table = report.by_autoattack(comparison)
+    table = report.again(comparison, "autoattack")
     assert "right after pruning: 6 test images, 1 seed." in table
     other = comparison.cells["L2, uniform"][0]["autoattack"]["0"]
     shown = " | ".join(f"{100 * other[column]:.1f}" for column in report.COLUMNS)
@@ -308,6 +309,22 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     assert dense["autoattack"] <= dense["pgd-20"] <= dense["clean"]
     assert f"| dense | {' | '.join(f'{100 * dense[column]:.1f}' for column in report.COLUMNS)} |  |" in table
     assert f"| L2, uniform | {shown} | {100 * (found['autoattack'] - other['autoattack']):+.1f} (" in table
+
+
+def test_more_images_are_added_to_what_is_there(cells: Path) -> None:
+    before = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)
+    run.do(WORK, (0,), FEW, cells, test_images=20, more_images=30)
+    (comparison,) = report.comparisons(cells)
+    after = comparison.cells[MAIN][0]
+    assert {name: after[name] for name in before} == before
+    again = {**after, "curve": after[run.MORE]}
+    assert report.right(again, "0")[:20].tolist() == report.right(after, "0").tolist()
+    other = {**comparison.cells["L2, uniform"][0], "curve": comparison.cells["L2, uniform"][0][run.MORE]}
+    lead = report.lead_text(report.bootstrap([report.right(again, "0") - report.right(other, "0")]))
+    table = report.again(comparison, run.MORE)
+    assert "**PGD-20**, digits, narrowest resnet18, 50% of the MACs, right after pruning: 30 test images" in table
+    (row,) = (line for line in table.splitlines() if line.startswith("| L2, uniform |"))
+    assert row.endswith(f"| {lead} |")
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
