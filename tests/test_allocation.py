@@ -256,8 +256,10 @@ def test_ignored_layers_keep_their_outputs() -> None:
             assert pruned.get_submodule(f"layer2.{name}").out_channels == layer.out_channels
     with pytest.raises(InputError, match=r"ignored_layers: expected a list of the model's layers.*got Conv2d"):
         allocate(model, example, sensitivity, macs=0.6, ignored_layers=[nn.Conv2d(1, 1, 1)])
-    with pytest.raises(InputError, match=r"ignored_layers: expected a list of the model's layers.*got 'l'"):
+    with pytest.raises(InputError, match=r"ignored_layers: expected a list of the model's layers.*got 'layer2'"):
         allocate(model, example, sensitivity, macs=0.6, ignored_layers="layer2")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"ignored_layers: without these there is nothing to prune"):
+        allocate(model, example, sensitivity, macs=0.6, ignored_layers=[model])
 
 
 # --- the plan itself, on made-up networks ------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def check_seed(seed: int) -> None:
 def check_layers(name: str, layers: object, model: nn.Module) -> list[nn.Module]:
     """The layers, as a list. Raises `InputError` unless each is a module of the model."""
     own = {id(module) for module in model.modules()}
-    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, nn.Module) else None
+    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, (nn.Module, str)) else None
     if found is None or any(id(layer) not in own for layer in found):
         got = layers if found is None else next(layer for layer in found if id(layer) not in own)
         raise InputError(f"{name}: expected a list of the model's layers, such as [model.conv1], got {got!r:.80}")

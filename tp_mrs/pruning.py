@@ -167,9 +167,12 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor, ignored_layers: It
     Raises:
         InputError: there are none.
     """
-    pruner = build_pruner(model, example_inputs, ignored_layers=ignored_layers)
+    ignored = list(ignored_layers)
+    pruner = build_pruner(model, example_inputs, ignored_layers=ignored)
     names = {module: name for name, module in model.named_modules()}
     groups = [_describe_group(pruner, rooted, names) for rooted in rooted_groups(pruner)]
+    if not groups and ignored and prunable_groups(model, example_inputs):
+        raise InputError("ignored_layers: without these there is nothing to prune; leave some of them out")
     if not groups:
         reasons = [f"{name}: {reason}" for name, reason in reasons_to_keep(model, example_inputs).items()]
         raise InputError(
