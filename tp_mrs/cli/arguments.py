@@ -79,11 +79,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tp-mrs {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    training = [_attacks(), _training(), _running()]
-    shared = [_model_and_data(dense=True), _measuring(), *training]
+    model, attacks, running = _model_and_data(dense=True), _attacks(), _running()
+    shared = [model, _measuring(), attacks, _training("training"), running]
     _command(commands, "prune", "measure, prune, fine-tune, evaluate and save", _pruning(), *shared)
-    own = [_finetuning(), _model_and_data(dense=False), *training]
+    own = [_finetuning(), _model_and_data(dense=False), attacks, _training("training"), running]
     _command(commands, "finetune", "train a saved model against attacks, evaluate and save", *own)
+    shared = [model, _measuring(), attacks, _training("training of a dense model"), running]
     sensitivity = _command(commands, "sensitivity", "measure which layers robustness hangs on", *shared)
     sensitivity.add_argument("--out", metavar="DIR", help="folder for sensitivity.json and its plot")
     sensitivity.add_argument("--steps", type=int, default=5, help="of the estimator pga (5)")
@@ -206,13 +207,9 @@ def _measuring() -> argparse.ArgumentParser:
     return parent
 
 
-def _training() -> argparse.ArgumentParser:
-    parent, group = _group("training")
-    group.add_argument(
-        "--objective",
-        default="pgd",
-        help=f"one of {', '.join(OBJECTIVES)}, each also with -awp; with --teacher ard or rslad (pgd)",
-    )
+def _training(title: str) -> argparse.ArgumentParser:
+    parent, group = _group(title)
+    group.add_argument("--objective", default="pgd", help=f"{', '.join(OBJECTIVES)}, each also with -awp (pgd)")
     group.add_argument("--train-attack", help="attack to train with (the objective's own; digits: pgd-3)")
     group.add_argument("--optimizer", help="timm's name (sgd; digits: adamw)")
     group.add_argument("--lr", type=float, help="peak learning rate (0.05; digits: 0.005)")
