@@ -100,6 +100,7 @@ class Planner:
         measure: what a budget counts: `"macs"`, `"params"` or `"channels"`.
         least: units of each group that stay.
         round_to: keep multiples of so many channels, or all of a group's.
+        alone: channels that count but can't go, each the last of what was a group: Torch-Pruning takes it for none.
     """
 
     model: nn.Module
@@ -108,6 +109,7 @@ class Planner:
     measure: str
     least: Kept
     round_to: int | None
+    alone: int = 0
 
     def plan(self, losses: Losses, target: float, alpha: float) -> Kept:
         """What to keep of each group.
@@ -139,18 +141,22 @@ class Planner:
 
     def left(self, kept: Kept) -> float:
         """The fraction of the model that a copy pruned to this really has."""
-        if self.measure == "channels":  # a group of one unit is none to Torch-Pruning, and could not be counted
-            return sum(kept.values()) / self.whole
+        if self.measure == "channels":
+            return self.amount(self.model, kept) / self.whole
         pruned = copied(self.model)
         prune_by_ratio(pruned, self.example_inputs, ratios_of(pruned, self.groups, kept))
-        return amount(pruned, self.example_inputs, self.measure) / self.whole
+        return self.amount(pruned, kept) / self.whole
+
+    def amount(self, pruned: nn.Module, kept: Kept) -> int:
+        """What the model, once it is pruned to this, has of the measure; of channels, those of its groups."""
+        if self.measure == "channels":
+            return sum(kept.values()) + self.alone
+        return amount(pruned, self.example_inputs, self.measure)
 
     @cached_property
     def whole(self) -> int:
-        """What the model has of the measure; of channels, those of its groups."""
-        if self.measure == "channels":
-            return sum(group.units for group in self.groups)
-        return amount(self.model, self.example_inputs, self.measure)
+        """What the model has as it is."""
+        return self.amount(self.model, {group.name: group.units for group in self.groups})
 
     def check_reachable(self, target: float) -> None:
         """Raise `InputError` if the model is too large for the budget even with as few channels as may stay."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .allocation import Kept, Planner, amount, is_met, losses_of, ratios_of
+from .allocation import Kept, Planner, is_met, losses_of, ratios_of
 from .borrowing import preserved_rng
 from .compensation import step_with
 from .errors import naming
@@ -85,10 +85,10 @@ class Pruning:
             measurement = scores.measurement()
         groups = prunable_groups(self.model, self.example_inputs, self.ignored)
         sensitivity = measurement.sensitivity(groups)
-        planner = Planner(self.model, self.example_inputs, groups, self.measure, self.least, self.round_to)
+        alone = len(self.least) - len(groups)
+        planner = Planner(self.model, self.example_inputs, groups, self.measure, self.least, self.round_to, alone)
         units = {group.name: group.units for group in groups}
-        alone = len(self.least) - len(groups) if self.measure == "channels" else 0  # one channel is no group
-        plan = self._plan(planner, sensitivity, (goal - alone) / planner.whole, planned, final)
+        plan = self._plan(planner, sensitivity, goal / planner.whole, planned, final)
         kept = planner.part_of_the_way(plan, part)
         before = self._widths(units)
         if kept != units:
@@ -103,9 +103,7 @@ class Pruning:
             plan,
             {name: kept[name] / units[name] for name in units},
             {name: (before[name], after[name]) for name in before},
-            sum(kept.values()) + alone
-            if self.measure == "channels"
-            else amount(self.model, self.example_inputs, self.measure),
+            planner.amount(self.model, kept),
             sensitivity.to_dict(),
         )
 
