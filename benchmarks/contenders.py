@@ -320,6 +320,7 @@ def by_ratio(
     *,
     compensate: bool = False,
     settle: Settle | None = None,
+    round_to: int | None = None,
 ) -> Prune:
     """Torch-Pruning's own way: one pruning ratio for the network, here the one that meets the budget.
 
@@ -329,7 +330,9 @@ def by_ratio(
         dense: makes another model than the subject's own to start from.
         compensate: whether layers make up for the channels that go, as in ours.
         settle: what is done about BatchNorm; as in ours unless told otherwise, which depends on `compensate`.
+        round_to: keep multiples of so many channels.
     """
+    options: dict[str, Any] = {"round_to": round_to, **SCOPES[scope]}
 
     def prune(subject: Subject, budget: Budget) -> nn.Module:
         model = dense(subject) if dense else subject.model
@@ -339,7 +342,7 @@ def by_ratio(
             torch.manual_seed(subject.seed)
             pruned = copy.deepcopy(model)
             importance = make(subject, pruned)
-            pruner = build_pruner(pruned, subject.example, importance, pruning_ratio=ratio, **SCOPES[scope])
+            pruner = build_pruner(pruned, subject.example, importance, pruning_ratio=ratio, **options)
             stepping(subject, compensate)(pruner)
             return amount(refresh(pruned), subject.example, budget.measure) / whole, pruned
 
@@ -371,7 +374,6 @@ def allocated(
     make: Make,
     scores: Scores,
     alpha: float = 0.5,
-    round_to: int | None = None,
     *,
     compensate: bool = False,
     settle: Settle | None = None,
@@ -381,7 +383,7 @@ def allocated(
     def prune(subject: Subject, budget: Budget) -> nn.Module:
         model = copy.deepcopy(subject.model)
         wanted: dict[str, Any] = {budget.measure: budget.target}
-        ratios = allocate(model, subject.example, scores(subject), alpha=alpha, round_to=round_to, **wanted)
+        ratios = allocate(model, subject.example, scores(subject), alpha=alpha, **wanted)
         prune_by_ratio(model, subject.example, ratios, make(subject, model), stepping(subject, compensate))
         return settled(subject, model, compensate, settle)
 
@@ -413,11 +415,6 @@ def largest_member(subject: Subject) -> dict[str, float]:
     """Without coupling: the score of the most sensitive layer of each group."""
     measurement, groups = subject.adversarial.measurement, prunable_groups(subject.model, subject.example)
     return {group.name: max(measurement.typical([layer]) for layer in group.layers) for group in groups}
-
-
-def whole_group(subject: Subject) -> Any:
-    """Without single channels: what a random change of all weights of a group costs."""
-    return sensitivity(subject).typical
 
 
 def tried(subject: Subject) -> dict[str, float]:
@@ -598,27 +595,36 @@ OURS: dict[str, Contender] = {
     "mrpf, MART": Once(one_round(), MART),
     "mrpf, 2 rounds": in_rounds(2, iterative_steps=2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
-    "MRS allocate, MART": Once(allocated(OWN, sensitivity), MART),
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
     "MRS allocate + Taylor": Once(allocated(taylor("adversarial"), sensitivity)),
-    "MRS allocate + BN scale": Once(allocated(plain(tp.importance.BNScaleImportance), sensitivity)),
     "MRSImportance, global": Once(by_ratio(mrs("sensitivity"), "global")),
     "MRSImportance + Taylor, global": Once(by_ratio(mrs("taylor"), "global")),
     "MRSImportance + L2, global": Once(by_ratio(mrs("magnitude"), "global")),
 }
 """`mrpf` in one round is fine-tuned as the others are; `allocate` alone does not compensate, and prunes at once."""
 
+
+def compensated(make: Make, scope: str) -> Prune:
+    return by_ratio(make, scope, compensate=True)
+
+
 COMPENSATED: dict[str, Contender] = {
-    "L2, uniform, compensated": Once(by_ratio(plain(L2), "uniform", compensate=True)),
-    "L2, uniform, compensated, 4 steps": Once(in_steps(by_ratio(plain(L2), "uniform", compensate=True))),
-    "L2, global, compensated": Once(by_ratio(plain(L2), "global", compensate=True)),
-    "MRSImportance, global, compensated": Once(by_ratio(mrs("sensitivity"), "global", compensate=True)),
-    "MRSImportance, global, compensated, 4 steps": Once(
-        in_steps(by_ratio(mrs("sensitivity"), "global", compensate=True))
-    ),
-    "Taylor (adversarial), global, compensated": Once(by_ratio(taylor("adversarial"), "global", compensate=True)),
+    "L2, uniform, compensated": Once(compensated(plain(L2), "uniform")),
+    "L2, uniform, compensated, 4 steps": Once(in_steps(compensated(plain(L2), "uniform"))),
+    "L2, global, compensated": Once(compensated(plain(L2), "global")),
+    "L2, global, compensated, 4 steps": Once(in_steps(compensated(plain(L2), "global"))),
+    "BN scale, global, compensated, 4 steps": Once(in_steps(compensated(plain(MAGNITUDES["BN scale"]), "global"))),
+    "Taylor (adversarial), global, compensated": Once(compensated(taylor("adversarial"), "global")),
+    "MRSImportance, global, compensated": Once(compensated(mrs("sensitivity"), "global")),
 }
 """Criteria for Torch-Pruning's pruners with our compensation: what is left of the lead is the sensitivities' own."""
+
+ROUNDED: dict[str, Contender] = {
+    "mrpf, multiples of 8": Once(one_round(round_to=8)),
+    "L2, uniform, multiples of 8": Once(by_ratio(plain(L2), "uniform", round_to=8)),
+    "L2, uniform, compensated, multiples of 8": Once(by_ratio(plain(L2), "uniform", compensate=True, round_to=8)),
+}
+"""Numbers of channels that hardware likes."""
 
 RETUNED: dict[str, Contender] = {"L2, uniform, MART": Once(by_ratio(plain(L2), "uniform"), MART)}
 """Torch-Pruning's criterion with what `mrpf, MART` is fine-tuned by."""
@@ -630,15 +636,14 @@ SETTLED: dict[str, Contender] = {
 """Without compensation, and with what `mrpf` does about BatchNorm, or half of it."""
 
 ABLATIONS: dict[str, Contender] = {
-    "mrpf, 1 step": Once(allocated(OWN, sensitivity, compensate=True)),
+    "mrpf, 1 step": Once(one_round(iterative_steps=1)),
     "mrpf, 1 step, new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
     "without attack: clean sensitivity": Once(allocated(own("clean"), clean_sensitivity)),
-    "without channels: score of the group": Once(allocated(OWN, whole_group)),
     "without allocation: α = 0": Once(allocated(OWN, sensitivity, alpha=0.0)),
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
-CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **RETUNED, **SETTLED, **ABLATIONS}
+CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **ROUNDED, **RETUNED, **SETTLED, **ABLATIONS}
 MAIN = "mrpf"
 """The one that others are compared with, pair by pair."""

@@ -23,7 +23,7 @@ import torchattacks
 from torch import Tensor, nn
 
 import tp_mrs
-from benchmarks.contenders import CONTENDERS, Budget, Contender, Once, Subject, one_round
+from benchmarks.contenders import CONTENDERS, Budget, Subject
 from benchmarks.tables import RESULTS, fill, markdown, provenance
 from benchmarks.timing import timed
 from tp_mrs.counting import count
@@ -49,11 +49,9 @@ NAMES = (
     "Hessian (adversarial), global",
     "MRSImportance, global",
     "mrpf",
+    "L2, uniform, multiples of 8",
+    "mrpf, multiples of 8",
 )
-COMPARED: dict[str, Contender] = {
-    **{name: CONTENDERS[name] for name in NAMES},
-    f"mrpf, multiples of {ROUND_TO}": Once(one_round(round_to=ROUND_TO)),
-}
 NETWORK, BUDGET, BATCH, TURNS = ("cifar10", "resnet18"), Budget("macs", 0.5), 64, 21
 
 
@@ -79,8 +77,8 @@ def contenders(data_dir: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     dense = forward(subject.model.to(memory_format=torch.contiguous_format), BATCH, subject.example)
     found = {}
-    for name, contender in COMPARED.items():
-        pruned = contender(subject, BUDGET, 0).to(memory_format=torch.contiguous_format)
+    for name in NAMES:
+        pruned = CONTENDERS[name](subject, BUDGET, 0).to(memory_format=torch.contiguous_format)
         found[name] = paired(forward(pruned, BATCH, subject.example), dense, TURNS)
     settings = {"macs": BUDGET.target, "batch_size": BATCH, "pairs": TURNS}
     return {"data": data, "network": network, "settings": settings, "contenders": found}

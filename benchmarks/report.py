@@ -137,9 +137,9 @@ class Comparison:
         return sorted(found, key=lambda name: -self.accuracy(name, point, seeds=seeds))
 
 
-def right(cell: dict[str, Any], point: str, attack: str = ATTACK) -> np.ndarray[Any, Any]:
+def right(cell: dict[str, Any], point: str, attack: str = ATTACK, measure: str = "curve") -> np.ndarray[Any, Any]:
     """Of each test image, 1.0 if it was classified correctly under attack, else 0.0."""
-    found = cell["curve"][point]
+    found = cell[measure][point]
     packed = np.frombuffer(bytes.fromhex(found["outcomes"][attack]), dtype=np.uint8)
     return np.unpackbits(packed, count=found.get("images", cell["settings"]["test_images"])).astype(float)
 

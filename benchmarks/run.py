@@ -12,6 +12,7 @@ again: a run can be stopped and started at any time, and a wider one adds what i
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -111,7 +112,6 @@ LEADING = (
     "mrpf, MART",
     "mrpf, 2 rounds",
     "MRS allocate",
-    "MRS allocate, MART",
     "MRSImportance, global",
     "L2, uniform, compensated",
     "without allocation: α = 0",
@@ -219,7 +219,7 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
 
 
 def assess(model: nn.Module, subject: Subject, test_images: int, attacks: Sequence[str]) -> dict[str, Any]:
-    """Accuracies on so many test images, and whether each of them was right."""
+    """Accuracies on so many test images, and whether each of them was right; the model's memory layout may change."""
     test = make_loader(random_subset(subject.data.test, test_images, seed=0), batch_size=250)
     model = model.to(memory_format=torch.channels_last)
     found = evaluate(model, test, attacks, eps=subject.eps, latency=False, progress=False)
@@ -276,10 +276,10 @@ def do(
         measures["autoattack"] = partial(assess, subject=subject, test_images=autoattack, attacks=WITH_AUTOATTACK)
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
     if "clean" not in dense.content:
-        dense.add(**measures["curve"](subject.model), **sizes(subject.model, subject), **provenance())
+        dense.add(**measures["curve"](copy.deepcopy(subject.model)), **sizes(subject.model, subject), **provenance())
     for measure, assessed in measures.items():
         if measure != "curve" and measure not in dense.content:
-            dense.add(**{measure: {"0": {**assessed(subject.model), **provenance()}}})
+            dense.add(**{measure: {"0": {**assessed(copy.deepcopy(subject.model)), **provenance()}}})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
         for point in epochs:
@@ -340,6 +340,20 @@ def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, dat
         more_images=tier.more_images,
         autoattack=tier.autoattack,
     )
+
+
+def in_processes(tasks: Iterable[Callable[[], None]], jobs: int) -> bool:
+    """Do all of them, so many at a time, with the cores shared; whether none met an `InputError`, which is shown."""
+    failed = 0
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (threads,)) as pool:
+        for done in as_completed([pool.submit(task) for task in tasks]):
+            try:
+                done.result()
+            except InputError as error:  # the others go on
+                failed += 1
+                print(f"error: {error}", file=sys.stderr, flush=True)
+    return not failed
 
 
 def _start(threads: int) -> None:
@@ -411,17 +425,8 @@ def main() -> None:
     work = [(one, epochs) for one, epochs in work if one.data in there]
     if not work:
         parser.error("data-dir: nothing of this tier is left to run; all but digits need it")
-    threads = max(1, torch.get_num_threads() // arguments.jobs)
-    failed = 0
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), _start, (threads,)) as pool:
-        tasks = [pool.submit(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
-        for task in as_completed(tasks):
-            try:
-                task.result()
-            except InputError as error:  # the others go on
-                failed += 1
-                print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(1 if failed else 0)
+    tasks = [partial(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
+    sys.exit(0 if in_processes(tasks, arguments.jobs) else 1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from benchmarks import contenders as roster
 from benchmarks import report, run
+from benchmarks.again import again
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Regularised, Subject, allocated, plain
 from tp_mrs.allocation import amount
 from tp_mrs.data import load_data
@@ -68,10 +70,8 @@ def test_regularising_pruners_are_left_out_where_their_strength_means_nothing(su
 
 def test_mrpf_taken_apart_is_mrpf(subject: Subject) -> None:
     budget = Budget("macs", 0.5)
-    apart, whole = (
-        CONTENDERS["mrpf, 1 step"](subject, budget, 0),
-        roster.in_rounds(1, iterative_steps=1)(subject, budget, 0),
-    )
+    apart = roster.allocated(roster.OWN, roster.sensitivity, compensate=True)(subject, budget)
+    whole = CONTENDERS["mrpf, 1 step"](subject, budget, 0)
     for (name, ours), theirs in zip(apart.state_dict().items(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 
@@ -79,7 +79,7 @@ def test_mrpf_taken_apart_is_mrpf(subject: Subject) -> None:
 def test_another_objective_may_spend_no_more_passes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.setattr(roster, "finetune", lambda *_, **arguments: told.update(arguments))
-    CONTENDERS["MRS allocate, MART"](subject, Budget("macs", 0.5), 2)
+    CONTENDERS["L2, uniform, MART"](subject, Budget("macs", 0.5), 2)
     assert (told["objective"], told["attack"]) == ("mart", "ffgsm")
     assert told["epochs"] == pytest.approx(4 / 3)  # 3 passes for 2
 
@@ -325,6 +325,26 @@ def test_more_images_are_added_to_what_is_there(cells: Path) -> None:
     assert "**PGD-20**, digits, narrowest resnet18, 50% of the MACs, right after pruning: 30 test images" in table
     (row,) = (line for line in table.splitlines() if line.startswith("| L2, uniform |"))
     assert row.endswith(f"| {lead} |")
+
+
+def test_made_again_cells_are_compared_image_by_image(
+    cells: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.do(WORK, (0,), {MAIN: CONTENDERS[MAIN]}, cells, test_images=20, more_images=30)
+    folder = tmp_path_factory.mktemp("again")
+    for path in cells.glob("*/*/*.json"):
+        again(path, folder, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images differ" in line]
+    assert len(lines) == len(FEW) + 1
+    assert all(line.endswith("; 0 images differ") for line in lines)
+    path = run.path_of(cells, WORK, MAIN)
+    cell = json.loads(path.read_text())
+    outcomes = cell["curve"]["0"]["outcomes"]
+    outcomes["pgd-20"] = f"{int(outcomes['pgd-20'][0], 16) ^ 8:x}{outcomes['pgd-20'][1:]}"
+    path.write_text(json.dumps(cell))
+    again(path, folder, None)
+    differing = [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert differing == ["1 images differ", "0 images differ"]
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""Make cells anew, to see whether the same comes out: `python -m benchmarks.again --out DIR`.
+
+Each point of each cell of benchmarks/results/cells/, or of those chosen, is pruned, fine-tuned and evaluated again as
+its cell says. What is in DIR already is not done again. It prints on how many test images the outcome is another: on
+the same machine and versions it should be none. `python -m benchmarks.report --cells DIR --out DIR` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS, Budget
+from benchmarks.report import ATTACK, SECOND, read_cell, right
+from benchmarks.run import CELLS, MORE, Work, do, in_processes, path_of
+from tp_mrs.errors import InputError, check_choice, check_count
+from tp_mrs.files import check_output_folder
+
+OPTIONS = {MORE: "more_images", "autoattack": "autoattack"}
+"""What cells may have beside their curves → the argument of `do` that asks for it."""
+
+
+def again(path: Path, folder: Path, data_dir: str | None) -> None:
+    """Make one cell anew in the folder, and print how it compares.
+
+    Raises:
+        InputError: its data are not at hand, its dense network cannot be made again, or there is no such contender.
+    """
+    cell = read_cell(path)
+    work = Work(cell["data"], cell["network"], Budget(*cell["budget"]), cell["seed"])
+    name = cell["contender"]
+    check_choice("contender", name, CONTENDERS)
+    for measure, option in {"curve": None, **OPTIONS}.items():
+        points = cell.get(measure, {})
+        if points:
+            settings = {"test_images": cell["settings"]["test_images"]}
+            if option is not None:
+                settings[option] = max(found["images"] for found in points.values())
+            do(work, sorted(map(float, points)), {name: CONTENDERS[name]}, folder, data_dir, **settings)
+    made = read_cell(path_of(folder, work, name))
+    for measure, attack in {"curve": ATTACK, **SECOND}.items():
+        for point in cell.get(measure, {}):
+            where = f"{work.data}/{work.network} {work.budget.text} seed {work.seed}  {name}, {measure} {point}"
+            print(f"{where}: {compared(cell, made, measure, point, attack)}", flush=True)
+
+
+def compared(before: dict[str, Any], after: dict[str, Any], measure: str, point: str, attack: str) -> str:
+    """One point, in words."""
+    if point not in after.get(measure, {}):
+        return f"not made ({after.get('failed')})"
+    old, new = (right(cell, point, attack, measure) for cell in (before, after))
+    return f"{attack} {100 * new.mean():.1f}, was {100 * old.mean():.1f}; {int((new != old).sum())} images differ"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new cells")
+    parser.add_argument("--cells", type=Path, default=CELLS, help="the old ones (default: those committed)")
+    parser.add_argument("--data-dir", help="folder with the data sets; without it, digits only")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
+    parser.add_argument("--networks", nargs="+", metavar="DATA/NAME", help="only these")
+    parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="only these")
+    arguments = parser.parse_args()
+    try:
+        check_count("jobs", arguments.jobs)
+        check_output_folder(arguments.out)
+        paths = [path for path in sorted(arguments.cells.glob("*/*/*.json")) if chosen(path, arguments)]
+        if not paths:
+            raise InputError(f"cells: {arguments.cells} has none of these")
+    except InputError as error:
+        parser.error(str(error))
+    tasks = [partial(again, path, arguments.out, arguments.data_dir) for path in paths]
+    sys.exit(0 if in_processes(tasks, arguments.jobs) else 1)
+
+
+def chosen(path: Path, arguments: argparse.Namespace) -> bool:
+    """Whether it is one of the cells that were asked for, and met its budget."""
+    cell = read_cell(path)
+    found = {
+        "networks": f"{cell['data']}/{cell['network']}",
+        "budgets": Budget(*cell["budget"]).text,
+        "seeds": cell["seed"],
+        "contenders": cell["contender"],
+    }
+    return "curve" in cell and all(value in (getattr(arguments, name) or [value]) for name, value in found.items())
+
+
+if __name__ == "__main__":
+    main()
