@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS, Budget
+from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS, RETUNED, Budget
 from benchmarks.run import CELLS, FORMAT, MORE, Work, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
 from tp_mrs.errors import InputError
@@ -33,7 +33,9 @@ COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
 """What cells may have beside their curves → the attack to compare by."""
 
-SUMMARISED = (MAIN, "mrpf, MART")
+SUMMARISED: dict[str, Container[str]] = {MAIN: OTHERS, "mrpf, MART": RETUNED}
+"""Ours → those that were fine-tuned by the same recipe."""
+
 BESIDE = "L2, uniform, compensated, 4 steps"
 """The simplest criterion with our compensation and as many steps, beside ours in the summary."""
 
@@ -118,8 +120,11 @@ class Comparison:
         seeds = self.seeds(contender, point) if seeds is None else seeds
         return 100 * statistics.mean(self.cells[contender][seed]["curve"][point][attack] for seed in seeds)
 
-    def size(self, contender: str, measure: str) -> float:
-        return 100 * statistics.mean(cell[measure] for cell in self.cells[contender].values() if measure in cell)
+    def size(self, contender: str, measure: str, seeds: Iterable[int] | None = None) -> float:
+        """Mean over seeds, in % of the dense network's; over all there are, unless told which."""
+        cells = self.cells[contender]
+        seeds = [seed for seed, cell in cells.items() if measure in cell] if seeds is None else seeds
+        return 100 * statistics.mean(cells[seed][measure] for seed in seeds)
 
     def lead(self, contender: str, point: str, of: str = MAIN, attack: str = ATTACK) -> tuple[float, float, float]:
         """The robust accuracy of one less the contender's, in points, and its 95% interval; on the seeds of both."""
@@ -133,7 +138,7 @@ class Comparison:
 
     def others(self, point: str, of: str = MAIN) -> list[str]:
         """Torch-Pruning's with results for all seeds that this one has, the most robust first: it is favoured."""
-        found, seeds = [name for name in self.common(point, of) if name in OTHERS], self.seeds(of, point)
+        found, seeds = [name for name in self.common(point, of) if name in SUMMARISED[of]], self.seeds(of, point)
         return sorted(found, key=lambda name: -self.accuracy(name, point, seeds=seeds))
 
 
@@ -212,8 +217,11 @@ def tables(found: Sequence[Comparison]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def summary(found: Iterable[Comparison]) -> str:
-    """Ours beside the best of the others at each budget: right after pruning, and after the most of fine-tuning."""
+def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
+    """Ours beside the best of the others at each budget: right after pruning, and after the most of fine-tuning.
+
+    With `details`, each seed's difference and both sizes, too.
+    """
     rows = []
     for comparison, ours in itertools.product(found, SUMMARISED):
         points = comparison.points() if ours == MAIN else [point for point in comparison.points() if float(point)]
@@ -228,8 +236,11 @@ def summary(found: Iterable[Comparison]) -> str:
         BESIDE,
         "best other, of how many",
         f"PGD-20, {MAIN} less this",
+        "in each seed",
+        f"MACs / params left: {MAIN}, this",
     ]
-    return markdown(header, rows) if rows else ""
+    wanted = slice(None if details else -2)
+    return markdown(header[wanted], [row[wanted] for row in rows]) if rows else ""
 
 
 def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
@@ -238,15 +249,20 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     def accuracies(name: str) -> str:
         return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
 
+    def sizes(name: str) -> str:
+        return " / ".join(f"{comparison.size(name, measure, seeds):.1f}" for measure in ("macs", "params"))
+
     return [
         f"{comparison.key.subject}, {comparison.key}",
         epochs_text(point),
         str(len(seeds)),
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
         accuracies(ours) + ("" if ours == MAIN else f" ({ours.removeprefix(f'{MAIN}, ')})"),
-        accuracies(BESIDE) if BESIDE in comparison.common(point, ours) else "",
+        accuracies(BESIDE) if ours == MAIN and BESIDE in comparison.common(point) else "",
         f"{accuracies(others[0])} ({others[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
+        " ".join(f"{comparison.only([seed]).lead(others[0], point, ours)[0]:+.1f}" for seed in seeds),
+        f"{sizes(ours)}, {sizes(others[0])}",
     ]
 
 
@@ -345,12 +361,14 @@ def crossing(xs: Sequence[float], ys: Sequence[float], level: float) -> float | 
 
 def budget_table(comparison: Comparison) -> str:
     """Every contender at one budget."""
-    points = [point for point in comparison.points() if comparison.seeds(MAIN, point)]
+    points = comparison.points()
     columns = [column for column in COLUMNS if all(column in cell for cell in comparison.dense.values())]
+    most = {point: max((comparison.seeds(name, point) for name in comparison.names), key=len) for point in points}
+    compared = {point: comparison.seeds(MAIN, point) or most[point] for point in points}
     header = ["", "MACs", "params"]
     for point in points:
         name = "right after pruning" if float(point) == 0 else epochs_text(point)
-        shown = f"{name}, {seeds_text(comparison.seeds(MAIN, point))}"
+        shown = f"{name}, {seeds_text(compared[point])}"
         header += [f"{shown}: {' / '.join(COLUMNS[column] for column in columns)}", f"{MAIN} less this"]
     rows = []
     for name in comparison.names:
@@ -360,11 +378,12 @@ def budget_table(comparison: Comparison) -> str:
         row = [label(name)]
         row += [f"{comparison.size(name, measure):.1f}" for measure in ("macs", "params")]
         for point in points:
-            seeds = comparison.shared(name, point)
+            seeds = [seed for seed in comparison.seeds(name, point) if seed in compared[point]]
             accuracies = " / ".join(f"{comparison.accuracy(name, point, of, seeds):.1f}" for of in columns if seeds)
-            fewer = f" ({seeds_text(seeds)})" if seeds and len(seeds) < len(comparison.seeds(MAIN, point)) else ""
+            fewer = f" ({seeds_text(seeds)})" if seeds and len(seeds) < len(compared[point]) else ""
             row.append(accuracies + fewer)
-            row.append(lead_text(comparison.lead(name, point)) if seeds and name != MAIN else "")
+            shared = comparison.shared(name, point)
+            row.append(lead_text(comparison.lead(name, point)) if shared and name != MAIN else "")
         rows.append(row)
     first = next(iter(comparison.dense.values()))
     dense = ", ".join(
@@ -407,7 +426,7 @@ def rank_table(found: Sequence[Comparison]) -> str:
         ]
         for name in ordered
     ]
-    budgets = {subject: ", ".join(str(one.key) for one in ours) for subject, ours in by_subject(found).items()}
+    budgets = {subject: ", ".join(str(one.key) for one in group) for subject, group in by_subject(found).items()}
     where = "; ".join(f"{subject} ({text})" for subject, text in budgets.items())
     title = f"**Ranks**, right after pruning, by PGD-20: mean over these networks and budgets, and each: {where}."
     return f"{title}\n\n{markdown(['', 'mean', 'each'], rows)}"
@@ -452,11 +471,8 @@ def strips(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(count, 1, squeeze=False).flat)
 
 
-def spread(
-    comparison: Comparison, name: str, point: str, seeds: Iterable[int] | None = None
-) -> tuple[float, float, float]:
+def spread(comparison: Comparison, name: str, point: str, seeds: Iterable[int]) -> tuple[float, float, float]:
     """Robust accuracy in %, and its 95% interval over seeds and images."""
-    seeds = comparison.seeds(name, point) if seeds is None else seeds
     return bootstrap([right(comparison.cells[name][seed], point) for seed in seeds])
 
 
@@ -491,17 +507,18 @@ def plot_budgets(found: Sequence[Comparison], path: Path) -> None:
     groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
     if groups:
         figure, axes = panels(len(groups))
-        for axis, (subject, ours) in zip(axes, groups.items(), strict=True):
+        for axis, (subject, group) in zip(axes, groups.items(), strict=True):
             for number, name in enumerate(SHOWN):
-                there = [one for one in ours if one.seeds(name, "0")]
+                there = [one for one in group if name in one.common("0")]
                 if there:
                     shift = SIDEWAYS * (number - (len(SHOWN) - 1) / 2)
                     sizes = [one.size(name, "macs") + shift for one in there]
-                    draw(axis, name, sizes, [spread(one, name, "0") for one in there])
-            axis.axhline(ours[0].dense_accuracy(ours[0].dense), color="black", linestyle=":", label="dense")
+                    draw(axis, name, sizes, [spread(one, name, "0", one.seeds(MAIN, "0")) for one in there])
+            dense = group[0].dense_accuracy(group[0].seeds(MAIN, "0"))
+            axis.axhline(dense, color="black", linestyle=":", label="dense")
             axis.set_title(subject, fontsize="medium")
             axis.set_xlabel("MACs left (%, moved apart), no fine-tuning")
-            targets = [100 * one.key.target for one in ours]
+            targets = [100 * one.key.target for one in group]
             axis.set_xlim(min(targets) - 10, max(targets) + 10)
         finish(figure, axes, path, ROBUST)
 
@@ -530,7 +547,7 @@ def plot_curves(found: Sequence[Comparison], path: Path) -> None:
 def plot_widths(found: Sequence[Comparison], path: Path) -> None:
     """Channels that each layer keeps, of the first seed, at the smallest budget of MACs of each network."""
     groups = by_subject(one for one in found if one.key.measure == "macs" and one.seeds(MAIN, "0"))
-    smallest = [min(ours, key=lambda one: one.key.target) for ours in groups.values()]
+    smallest = [min(group, key=lambda one: one.key.target) for group in groups.values()]
     if smallest:
         figure, axes = strips(len(smallest))
         for axis, one in zip(axes, smallest, strict=True):
@@ -586,7 +603,7 @@ def main() -> None:
         write_bytes(arguments.out / "report.md", f"{tables(found)}\n".encode())
     else:
         fill("pruners", tables(found))
-        fill("pruners_summary", summary(found), FOLDER.parent / "README.md")
+        fill("pruners_summary", summary(found, details=False), FOLDER.parent / "README.md")
     for name, plot in PLOTS.items():
         plot(found, (arguments.out or RESULTS) / name)
 

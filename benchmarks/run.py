@@ -128,7 +128,7 @@ TIERS = {
     "cpu": Tier(
         {
             ("cifar10", "resnet18"): budgets(
-                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 2)}, {0.5: (0,)}
+                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 0.25, 2)}, {0.5: (0,)}
             ),
             ("digits", "narrow resnet18"): budgets({0.25: CURVE, 0.5: CURVE, 0.75: (0,), 0.1: CURVE}, {0.25: (0,)}),
             ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
@@ -259,7 +259,7 @@ def do(
         finetuned: names of contenders to fine-tune; all if None.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
-        more_images: evaluate a second time on so many test images, the first of which are those.
+        more_images: evaluate a second time, on so many test images: those, and others.
         autoattack: evaluate by AutoAttack, too, on so many test images; a hundred take minutes on a CPU.
 
     Raises:

@@ -383,7 +383,7 @@ def test_the_report_refuses_cells_that_do_not_fit(cells: Path, tmp_path_factory:
 def test_the_readme_files_show_the_committed_cells() -> None:
     found = report.comparisons(run.CELLS)
     assert report.tables(found) in (report.FOLDER / "README.md").read_text(encoding="utf-8")
-    assert report.summary(found) in (report.FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert report.summary(found, details=False) in (report.FOLDER.parent / "README.md").read_text(encoding="utf-8")
 
 
 def cell(seed: int, right: str, images: int) -> dict[str, Any]:
@@ -414,7 +414,8 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
         plain = cell(0, "1100000000", 10)
         return {0: {**plain, "curve": dict.fromkeys(points, plain["curve"]["0"])}}
 
-    cells = {MAIN: curve("0", "0.1", "1"), "mrpf, MART": curve("0", "1"), "L2, uniform": curve("0", "0.1", "1")}
+    plain = {MAIN: curve("0", "0.1", "1"), "L2, uniform": curve("0", "0.1", "1")}
+    cells = {**plain, "mrpf, MART": curve("0", "1"), "L2, uniform, MART": curve("1")}
     dense = {0: {"clean": 1.0, "pgd-20": 0.2}}
     comparison = report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, dense)
     rows = [row.split(" | ") for row in report.summary([comparison]).splitlines()[2:]]
@@ -424,6 +425,20 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
         ("1 epoch", "20.0 / 100.0 (MART)"),
     ]
     assert rows[0][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
+    assert rows[2][5:7] == ["", "20.0 / 100.0 (L2, uniform, MART; 1)"]
+    assert rows[0][8:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
+    brief = report.summary([comparison], details=False).splitlines()[2]
+    assert brief == f"{' | '.join(rows[0][:8])} |"
+
+
+def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:
+    others = {"L2, uniform": {seed: cell(seed, "1100000000", 10) for seed in (0, 1)}, "L2, global": {}}
+    others["L2, global"] = {0: others["L2, uniform"][0]}
+    dense = {0: {"clean": 1.0, "pgd-20": 0.2, "settings": {"eps": "0.1", "test_images": 10}}}
+    table = report.budget_table(report.Comparison(report.Key("digits", "net", "macs", 0.5), others, dense))
+    assert "| right after pruning, 2 seeds: clean / PGD-20 | mrpf less this |" in table
+    assert "| L2, uniform | 50.0 | 50.0 | 100.0 / 20.0 |  |" in table
+    assert "| L2, global | 50.0 | 50.0 | 100.0 / 20.0 (1 seed) |  |" in table
 
 
 def test_recovery_is_read_off_the_line_between_points() -> None:
