@@ -43,7 +43,7 @@ from tp_mrs.measuring import Measurement, measure
 from tp_mrs.objectives import Objective, resolve
 from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs
 
-ATTACK = "pgd-10"
+CRITERION_ATTACK = "pgd-10"
 CALIBRATION_IMAGES, SQUARED_IMAGES, TRIED_IMAGES = 512, 128, 256
 """What criteria see; those that need each image's gradient; the one that prunes each group on trial."""
 
@@ -84,7 +84,7 @@ class Subject:
         self.eps = parse_eps(EPS[data.name])
         calibration = random_subset(data.calibration, images, seed=seed)
         self.calibration: list[tuple[Tensor, Tensor]] = list(make_loader(calibration, batch_size=128))
-        self.attack = named_attack(ATTACK, eps=self.eps)
+        self.attack = named_attack(CRITERION_ATTACK, eps=self.eps)
         self.adversarial = Evidence(self, self.attack)
         self.clean = Evidence(self, torchattacks.VANILA)
 
@@ -423,8 +423,8 @@ def tried(subject: Subject) -> dict[str, float]:
 
     def accuracy(model: nn.Module) -> float:
         recalibrate(model, subject.calibration, progress=False)
-        found = evaluate(model, batches, [ATTACK], eps=subject.eps, latency=False, progress=False)
-        return found.robust[ATTACK]
+        found = evaluate(model, batches, [CRITERION_ATTACK], eps=subject.eps, latency=False, progress=False)
+        return found.robust[CRITERION_ATTACK]
 
     before, found = accuracy(copy.deepcopy(subject.model)), {}
     for group in prunable_groups(subject.model, subject.example):
@@ -635,15 +635,27 @@ SETTLED: dict[str, Contender] = {
 }
 """Without compensation, and with what `mrpf` does about BatchNorm, or half of it."""
 
-ABLATIONS: dict[str, Contender] = {
+VARIANTS: dict[str, Contender] = {
     "mrpf, 1 step": Once(one_round(iterative_steps=1)),
     "mrpf, 1 step, new variances": Once(allocated(OWN, sensitivity, compensate=True, settle=anew)),
+}
+
+ABLATIONS: dict[str, Contender] = {
     "without coupling: largest layer": Once(allocated(OWN, largest_member)),
     "without attack: clean sensitivity": Once(allocated(own("clean"), clean_sensitivity)),
     "without allocation: α = 0": Once(allocated(OWN, sensitivity, alpha=0.0)),
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
-CONTENDERS: dict[str, Contender] = {**OTHERS, **OURS, **COMPENSATED, **ROUNDED, **RETUNED, **SETTLED, **ABLATIONS}
+CONTENDERS: dict[str, Contender] = {
+    **OTHERS,
+    **OURS,
+    **COMPENSATED,
+    **ROUNDED,
+    **RETUNED,
+    **SETTLED,
+    **VARIANTS,
+    **ABLATIONS,
+}
 MAIN = "mrpf"
 """The one that others are compared with, pair by pair."""

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import CONTENDERS, MAIN, OTHERS, OURS, RETUNED, Budget
+from benchmarks.contenders import ABLATIONS, CONTENDERS, MAIN, OTHERS, OURS, RETUNED, Budget
 from benchmarks.run import CELLS, FORMAT, MORE, Work, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
 from tp_mrs.errors import InputError
@@ -38,6 +38,10 @@ SUMMARISED: dict[str, Container[str]] = {MAIN: OTHERS, "mrpf, MART": RETUNED}
 
 BESIDE = "L2, uniform, compensated, 4 steps"
 """The simplest criterion with our compensation and as many steps, beside ours in the summary."""
+
+WHOLE = "MRS allocate"
+PARTS = (*ABLATIONS, *(name for name in OURS if name.startswith(f"{WHOLE} + ")))
+"""Of these, the variants of `WHOLE`: with other scores of groups, another alpha, or another base."""
 
 HELD_OUT = {
     "cifar10, resnet18": (2,),
@@ -211,7 +215,7 @@ def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
 
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
-    parts = [summary(found), held_out(found), rank_table(found), *map(recovery, found)]
+    parts = [summary(found), held_out(found), rank_table(found), *map(ablation, found), *map(recovery, found)]
     parts += [again(comparison, measure) for comparison in found for measure in SECOND]
     parts += map(budget_table, found)
     return "\n\n".join(part for part in parts if part)
@@ -261,7 +265,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
         accuracies(BESIDE) if ours == MAIN and BESIDE in comparison.common(point) else "",
         f"{accuracies(others[0])} ({others[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
-        " ".join(f"{comparison.only([seed]).lead(others[0], point, ours)[0]:+.1f}" for seed in seeds),
+        signed([comparison.only([seed]).lead(others[0], point, ours)[0] for seed in seeds]),
         f"{sizes(ours)}, {sizes(others[0])}",
     ]
 
@@ -289,6 +293,32 @@ def seeds_text(seeds: Sequence[int]) -> str:
 def lead_text(lead: tuple[float, float, float]) -> str:
     mean, low, high = lead
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def ablation(comparison: Comparison) -> str:
+    """What becomes of the criterion without a part of it: at once, and without compensation."""
+    names, seeds = [name for name in comparison.common("0", WHOLE) if name in PARTS], comparison.seeds(WHOLE, "0")
+    if not names:
+        return ""
+    rows = []
+    for name in (WHOLE, *names):
+        differences = [comparison.only([seed]).lead(WHOLE, "0", name)[0] for seed in seeds]
+        rows.append(
+            [
+                label(name),
+                f"{comparison.accuracy(name, '0', seeds=seeds):.1f}",
+                *(["", ""] if name == WHOLE else [lead_text(comparison.lead(WHOLE, "0", name)), signed(differences)]),
+            ]
+        )
+    title = (
+        f"**Parts of the criterion**, {comparison.key.subject}, {comparison.key}, right after pruning, without "
+        f"compensation and in one step; {seeds_text(seeds)}."
+    )
+    return f"{title}\n\n{markdown(['', 'PGD-20', f'this less {WHOLE}', 'in each seed'], rows)}"
+
+
+def signed(values: Iterable[float]) -> str:
+    return " ".join(f"{value:+.1f}" for value in values)
 
 
 def recovery(comparison: Comparison) -> str:

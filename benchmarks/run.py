@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.contenders import ATTACK, CALIBRATION_IMAGES, CONTENDERS, Budget, Contender, Subject
+from benchmarks.contenders import CALIBRATION_IMAGES, CONTENDERS, CRITERION_ATTACK, Budget, Contender, Subject
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
@@ -212,7 +212,7 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
         "finetuning": FINETUNING[work.data],
         "batch_size": BATCH_SIZE[work.data],
         "eps": EPS[work.data],
-        "attack": ATTACK,
+        "attack": CRITERION_ATTACK,
         "calibration_images": CALIBRATION_IMAGES,
         "test_images": test_images,
     }

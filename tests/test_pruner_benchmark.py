@@ -441,6 +441,16 @@ def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:
     assert "| L2, global | 50.0 | 50.0 | 100.0 / 20.0 (1 seed) |  |" in table
 
 
+def test_parts_of_the_criterion_are_held_against_the_whole() -> None:
+    right = {report.WHOLE: "1111100000", "with more of it: α = 1": "1111000000", "mrpf, 1 step": "1111111111"}
+    cells = {name: {seed: cell(seed, bits, 10) for seed in (0, 1)} for name, bits in right.items()}
+    table = report.ablation(report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, {}))
+    assert table.splitlines()[-2] == f"| **{report.WHOLE}** | 50.0 |  |  |"
+    assert table.splitlines()[-1].startswith("| with more of it: α = 1 | 40.0 | -10.0 (")
+    assert table.endswith(" | -10.0 -10.0 |")
+    assert not report.ablation(report.Comparison(report.Key("digits", "net", "macs", 0.5), {MAIN: {}}, {}))
+
+
 def test_recovery_is_read_off_the_line_between_points() -> None:
     assert report.crossing([0, 0.1, 0.5], [20, 30, 50], 40) == pytest.approx(0.3)
     assert report.crossing([0, 0.1], [40, 30], 40) == 0
