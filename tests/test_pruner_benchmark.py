@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ def tiny() -> nn.Module:
     return randomised(model).eval()
 
 
+def untrained() -> Subject:
+    """A small network, and few images."""
+    return Subject(load_data("digits", None), "narrowest resnet18", 0, model=tiny(), images=32)
+
+
 @pytest.fixture
 def subject() -> Subject:
-    """An untrained network, and few images."""
-    return Subject(load_data("digits", None), "narrowest resnet18", 0, model=tiny(), images=32)
+    return untrained()
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
@@ -167,11 +172,20 @@ WORK = run.Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
 FEW = {name: CONTENDERS[name] for name in ("random, uniform", "L2, uniform", MAIN)}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Subject", lambda *_: untrained())
+        run.do(WORK, (0,), FEW, folder, test_images=20)
+    return folder
+
+
 @pytest.fixture
-def cells(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cells(made: Path, tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two contenders' cells, for each test anew."""
     monkeypatch.setattr(run, "Subject", lambda *_: subject)
-    run.do(WORK, (0,), FEW, tmp_path, test_images=20)
-    return tmp_path
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 def _refuse(*_: Any) -> nn.Module:
