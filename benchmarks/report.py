@@ -365,17 +365,18 @@ def again_at(found: Comparison, point: str, attack: str) -> str:
     columns = [column for column in COLUMNS if column in found.cells[MAIN][seeds[0]]["curve"][point]]
     rows = []
     if set(seeds) <= set(found.dense):
-        rows.append(["dense", *(f"{found.dense_accuracy(seeds, column):.1f}" for column in columns), ""])
+        rows.append(["dense", *(f"{found.dense_accuracy(seeds, column):.1f}" for column in columns), "", ""])
     for name in names:
         accuracies = [f"{found.accuracy(name, point, column, seeds):.1f}" for column in columns]
-        lead = lead_text(found.lead(name, point, attack=attack)) if name != MAIN else ""
-        rows.append([label(name), *accuracies, lead])
+        leads = ["" if name == MAIN else lead_text(found.lead(name, point, attack=of)) for of in ("clean", attack)]
+        rows.append([label(name), *accuracies, *leads])
     images = found.cells[MAIN][seeds[0]]["curve"][point]["images"]
     when = f"after {epochs_text(point)} of fine-tuning" if float(point) else "right after pruning"
     title = (
         f"**{COLUMNS[attack]}**, {found.key.subject}, {found.key}, {when}: {images:,} test images, {seeds_text(seeds)}."
     )
-    header = ["", *(COLUMNS[column] for column in columns), f"{MAIN} less this, {COLUMNS[attack]}"]
+    leads = [f"{MAIN} less this, {COLUMNS[of]}" for of in ("clean", attack)]
+    header = ["", *(COLUMNS[column] for column in columns), *leads]
     return f"{title}\n\n{markdown(header, rows)}"
 
 

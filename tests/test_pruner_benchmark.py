@@ -321,8 +321,10 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     shown = " | ".join(f"{100 * other[column]:.1f}" for column in report.COLUMNS)
     dense = comparison.dense[0]["autoattack"]["0"]
     assert dense["autoattack"] <= dense["pgd-20"] <= dense["clean"]
-    assert f"| dense | {' | '.join(f'{100 * dense[column]:.1f}' for column in report.COLUMNS)} |  |" in table
-    assert f"| L2, uniform | {shown} | {100 * (found['autoattack'] - other['autoattack']):+.1f} (" in table
+    assert f"| dense | {' | '.join(f'{100 * dense[column]:.1f}' for column in report.COLUMNS)} |  |  |" in table
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| L2, uniform | {shown} | "))
+    for column, lead in zip(("clean", "autoattack"), row.split(" | ")[-2:], strict=True):
+        assert lead.startswith(f"{100 * (found[column] - other[column]):+.1f} (")
 
 
 def test_more_images_are_added_to_what_is_there(cells: Path) -> None:
