@@ -363,3 +363,16 @@ def test_a_pruner_on_another_model(cnn: nn.Module, batches: Batches) -> None:
     importance = MRSImportance(small_cnn(), batches, torchattacks.FGSM)
     with pytest.raises(InputError, match="model: the pruner prunes another model"):
         prune(cnn, importance)
+
+
+@pytest.mark.parametrize("parameters", [1, 12])
+def test_prelus_go_with_their_channels(parameters: int, batches: Batches) -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 12, 3), nn.PReLU(parameters), nn.Conv2d(12, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*parts, nn.Linear(8, 4)).eval()
+    importance = MRSImportance(model, batches, torchattacks.FGSM, progress=False)
+    example = torch.zeros(1, 3, 16, 16)
+    pruner = build_pruner(model, example, importance, global_pruning=True, pruning_ratio=0.5)
+    pruner.step()
+    assert model(example).shape == (1, 4)
+    assert sum(module.out_channels for module in model if isinstance(module, nn.Conv2d)) == 10

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import Batches, image_batches, small_cnn, small_resnet, unchanged
-from tp_mrs import InputError, MRSImportance, mrpf
+from tp_mrs import InputError, MRSImportance, Report, create_model, mrpf
 from tp_mrs.allocation import Planner, amount
 from tp_mrs.checkpoints import Checkpoint
-from tp_mrs.steps import Pruning
+from tp_mrs.pruning import prunable_groups
+from tp_mrs.steps import Pruning, Step
 
 EXAMPLE = torch.rand(1, 3, 32, 32)
 
@@ -158,24 +160,72 @@ def test_a_budget_between_whole_channels_is_refused_as_given(batches: Batches) -
 
 def test_a_group_that_is_down_to_one_channel_still_counts(batches: Batches) -> None:
     """To Torch-Pruning it is no group any more."""
-    model = two_layers(1, 8)
-    importance = partial(MRSImportance, model, batches, torchattacks.FGSM, progress=False)
+    model, dense = two_layers(1, 8), prunable_groups(two_layers(4, 8), EXAMPLE)
+    final = {"0": 1, "2": 4}
+    before = Step(9, final, final, units={"0": 1, "2": 8}, kept={}, widths={}, reached=9, sensitivity={})
     pruning = Pruning(
         model=model,
         example_inputs=EXAMPLE,
-        importance=importance,
+        importance=partial(MRSImportance, model, batches, torchattacks.FGSM, progress=False),
         settle=lambda: model,
         compensate=False,
         source="train_data",
+        dense=dense,
         measure="channels",
+        target=5,
         alpha=0.5,
-        least={"0": 1, "2": 1},
+        min_keep=0.1,
         round_to=None,
         ignored=[],
         seed=0,
     )
-    step = pruning.step(goal=5, part=1.0, planned=None, final=None)
-    assert (step.kept, step.reached) == ({"2": 0.5}, 5)
+    step = pruning.step(goal=5, part=1.0, before=before)
+    assert (step.kept, step.units, step.reached) == ({"2": 0.5}, final, 5)
+
+
+def test_several_rounds_meet_the_budget_in_coarse_multiples(batches: Batches) -> None:
+    """Rounds that go their own ways would end where multiples of 16 leave no way to it."""
+    torch.manual_seed(0)
+    model = create_model("resnet10t", num_classes=4, image_size=16, channels=[32, 64, 96, 128])
+    settings: dict[str, Any] = {"rounds": 3, "iterative_steps": 2, "round_to": 16, "epochs": 0}
+    for target in (0.5, 0.4):
+        report = mrpf(copy.deepcopy(model), EXAMPLE, batches, torchattacks.FGSM, macs=target, **settings)
+        assert report.rounds[-1].reached == pytest.approx(target, rel=0.01)
+
+
+class Grouped(nn.Sequential):
+    """A convolution of 8 groups of 4 channels between others."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(32, 24, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(24, 4),
+        )
+
+
+def test_groups_of_convolutions_keep_their_last_channels_in_later_rounds(batches: Batches) -> None:
+    """With one channel each they look like a depthwise convolution, whose channels could go one by one."""
+    torch.manual_seed(0)
+    model = Grouped()
+    report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, channels=10 / 32, rounds=3, alpha=2.0, epochs=0)
+    widths = {name: module.out_channels for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert {name: after for name, (_, after) in report.widths.items()} == widths
+    assert min(widths["0"], widths["2"]) >= 8
+    units = widths["0"] // 8 + widths["2"] // 8 + widths["4"]
+    assert report.rounds[-1].reached == units / 32 == 10 / 32
+
+
+def test_the_report_has_the_last_widths_of_what_dropped_out() -> None:
+    widths: list[dict[str, tuple[int, int]]] = [{"a": (4, 3), "b": (8, 6)}, {"a": (3, 1), "b": (6, 5)}, {"b": (5, 4)}]
+    rounds: Any = tuple(SimpleNamespace(widths=each) for each in widths)
+    assert Report(None, None, rounds, {}).widths == {"a": (4, 1), "b": (8, 4)}
 
 
 def test_ignored_layers_keep_their_outputs(batches: Batches) -> None:

@@ -160,3 +160,22 @@ def test_bad_data_changes_nothing(data: Any, message: str) -> None:
     model = small_cnn()
     with unchanged(model), pytest.raises(InputError, match=message):
         recalibrate(model, data)
+
+
+class WithUnused(nn.Module):
+    """A network with a norm that images do not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = small_cnn(), nn.BatchNorm2d(2)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.used(images)
+
+
+@pytest.mark.parametrize("variances", [True, False])
+def test_norms_that_nothing_reaches_keep_their_statistics(variances: bool, batches: Batches) -> None:
+    model = WithUnused()
+    statistics = [buffer.fill_(value) for value, buffer in enumerate(model.unused.buffers(), start=3)]
+    recalibrate(model, batches, variances=variances, progress=False)
+    assert [buffer.unique().tolist() for buffer in statistics] == [[3], [4], [5]]

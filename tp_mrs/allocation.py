@@ -100,7 +100,7 @@ class Planner:
         measure: what a budget counts: `"macs"`, `"params"` or `"channels"`.
         least: units of each group that stay.
         round_to: keep multiples of so many channels, or all of a group's.
-        alone: channels that count but can't go, each the last of what was a group: Torch-Pruning takes it for none.
+        alone: units of what can lose no more, such as single channels; a budget of channels counts them.
     """
 
     model: nn.Module

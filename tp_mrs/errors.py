@@ -152,7 +152,7 @@ def check_full_precision(name: str, weight: Tensor) -> None:
 def check_example_inputs(model: nn.Module, example_inputs: Tensor) -> None:
     """Raise `InputError` unless `example_inputs` is an image batch on the model's device."""
     device = device_of(model)
-    if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
+    if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not example_inputs.numel():
         raise InputError(
             "example_inputs: expected a tensor of shape (N, C, H, W), such as one batch of images; "
             f"got {_describe(example_inputs)}"

@@ -205,9 +205,9 @@ class MRSImportance(tp.importance.Importance):
         macs, cost = self._layout().macs, 0.0
         for item in group:
             module, side = item.dep.target.module, side_of(group._DG, item.dep.handler)
-            full = macs.get(names.get(module, ""), 0.0)
-            if full:
-                cost += full * len(item.idxs) / width(module, "out" if side == "both" else side)
+            full, channels = macs.get(names.get(module, ""), 0.0), width(module, "out" if side == "both" else side)
+            if channels:  # a PReLU's are not told
+                cost += full * len(item.idxs) / channels
         return cost / len(group[0].idxs)
 
     def _layout(self) -> _Layout:

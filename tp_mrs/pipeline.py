@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._version import versions
-from .allocation import Kept, Planner, check_allocation, is_met, least_units, single_budget
+from .allocation import Planner, check_allocation, is_met, least_units, single_budget
 from .attacks import AttackLike, describe
 from .batches import check_again
 from .borrowing import copied
@@ -86,8 +86,7 @@ class Report:
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """Root layer of each group → its output channels, dense and in the end."""
-        first, last = self.rounds[0].widths, self.rounds[-1].widths
-        return {name: (before, last.get(name, (after, after))[1]) for name, (before, after) in first.items()}
+        return {name: (before, _latest(name, self.rounds)[1]) for name, (before, _) in self.rounds[0].widths.items()}
 
     def __str__(self) -> str:
         lines = [f"{name:<11} {evaluation}" for name, evaluation in self.stages.items()]
@@ -234,8 +233,7 @@ def mrpf(
         "seed": seed,
     }
     groups = prunable_groups(model, example_inputs, ignored)
-    least = least_units(groups, min_keep)
-    planner = Planner(model, example_inputs, groups, budget, least, round_to)
+    planner = Planner(model, example_inputs, groups, budget, least_units(groups, min_keep), round_to)
     planner.check_reachable(target)
     data = {"train_data": train_data, "calibration_data": images, "test_data": test_data}
     no_matter = ("attack", "progress", "checkpoint_every", "log")
@@ -252,24 +250,38 @@ def mrpf(
     settle = partial(
         recalibrate, model, images, variances=not compensate, max_batches=max_batches, seed=seed, progress=progress
     )
+    start = stages.do("dense", prepare)
     pruning = Pruning(
-        model, example_inputs, importance, settle, compensate, source, budget, alpha, least, round_to, ignored, seed
+        model,
+        example_inputs,
+        importance,
+        settle,
+        compensate,
+        source,
+        groups,
+        budget,
+        target * start["dense"],
+        alpha,
+        min_keep,
+        round_to,
+        ignored,
+        seed,
     )
 
-    def prune(goal: float, left: int, planned: Kept | None, final: float | None) -> dict[str, Any]:
-        step = pruning.step(goal, 1 / left, planned, final)
+    def prune(goal: float, left: int, before: Step | None) -> dict[str, Any]:
+        step = pruning.step(goal, 1 / left, before)
         return asdict(replace(step, pruned=_plain(assess())) if left == 1 else step)
 
-    start = stages.do("dense", prepare)
+    before: Step | None = None
     done: list[Round] = []
     for index in range(rounds):
         goal = target ** ((index + 1) / rounds)
         made: list[Step] = []
         for left in range(iterative_steps, 0, -1):
-            planned, final = made[-1].plan if made else None, None if done or made else target
-            stage = partial(prune, goal * start["dense"], left, planned, final)
-            made.append(Step(**stages.do(f"round-{index + 1}-step-{len(made) + 1}", stage)))
-            reached = made[-1].reached / start["dense"]
+            stage = partial(prune, goal * start["dense"], left, before)
+            before = Step(**stages.do(f"round-{index + 1}-step-{len(made) + 1}", stage))
+            made.append(before)
+            reached = before.reached / start["dense"]
             where = f"round {index + 1} of {rounds}, step {len(made)} of {iterative_steps}"
             logger.info("%s: pruned to %.1f%% of the dense model's %s", where, 100 * reached, budget)
         record = None
@@ -282,9 +294,9 @@ def mrpf(
     evaluations = [_evaluation(start["before"]), done[-1].pruned, assess() if epochs > 0 else done[-1].pruned]
     if dense is not None:
         evaluations = _with_latencies(evaluations, dense, model, example_inputs[:1])
-    before, pruned, after = evaluations
+    unpruned, pruned, tuned = evaluations
     done[-1] = replace(done[-1], pruned=pruned)
-    return Report(before, after, tuple(done), settings)
+    return Report(unpruned, tuned, tuple(done), settings)
 
 
 def _round(target: float, reached: float, steps: Sequence[Step], finetuning: Finetuning | None) -> Round:
@@ -295,10 +307,15 @@ def _round(target: float, reached: float, steps: Sequence[Step], finetuning: Fin
         reached,
         Sensitivity.from_dict(first.sensitivity),
         {name: 1 - math.prod(step.kept.get(name, 1.0) for step in steps) for name in first.kept},
-        {name: (before, last.widths.get(name, (1, 1))[1]) for name, (before, _) in first.widths.items()},
+        {name: (before, _latest(name, steps)[1]) for name, (before, _) in first.widths.items()},
         _evaluation(last.pruned),
         finetuning,
     )
+
+
+def _latest(name: str, found: Sequence[Step | Round]) -> tuple[int, int]:
+    """The widths of a group before and after the last that has it; when it can lose no more, it is none."""
+    return next(each.widths[name] for each in reversed(found) if name in each.widths)
 
 
 def _with_latencies(

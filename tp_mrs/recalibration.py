@@ -74,8 +74,9 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def _set_all(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Means and variances, to those of what each layer reads in training."""
+    """Means and variances, to those of what each layer reads in training; those that read nothing keep theirs."""
     momenta = {norm: norm.momentum for norm in _norms(model)}
+    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in momenta}
     try:
         update_bn(_without_single_images(batches), model)
     except ValueError as error:
@@ -87,6 +88,10 @@ def _set_all(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
+    for norm, buffers in before.items():
+        if norm.num_batches_tracked is not None and not norm.num_batches_tracked:
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
 
 def _set_means(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:

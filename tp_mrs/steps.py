@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
-from .allocation import Kept, Planner, is_met, losses_of, ratios_of
+from .allocation import Kept, Losses, Planner, is_met, least_units, losses_of, ratios_of
 from .borrowing import preserved_rng
 from .compensation import step_with
 from .errors import naming
 from .importance import MRSImportance
-from .pruning import prunable_groups, prune_by_ratio, width
-from .sensitivity import Sensitivity
+from .pruning import Group, prunable_groups, prune_by_ratio, width
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of a round did, as its checkpoint holds it.
+    """What a step of a round did, as its checkpoint holds it. Units are those of the dense model's groups.
 
     Attributes:
-        plan: group → units to keep of it at the end of the round.
+        goal: what was to be left of the budget's measure at the end of the round.
+        plan: group → units to keep of it for that.
+        final: group → units with which the budget is met in the end, as planned in the first step of all.
+        units: group → units that the model has now.
         kept: group → fraction of its units that the step kept.
         widths: group → output channels of its root before and after the step.
-        reached: what the pruned model has of the budget's measure.
+        reached: what the pruned model has of the measure.
         sensitivity: of the model before the step.
         pruned: evaluation after the last step of a round.
     """
 
+    goal: float
     plan: Kept
+    final: Kept
+    units: Kept
     kept: dict[str, float]
     widths: dict[str, tuple[int, int]]
     reached: int
@@ -50,8 +54,10 @@ class Pruning:
         settle: sets BatchNorm's statistics.
         compensate: let layers make up for what they lose.
         source: the name of the argument that the measured images come from.
-        measure: what the goal counts.
-        least: units that stay of each of the dense model's groups.
+        dense: the groups that the model had at first.
+        measure: what goals count.
+        target: so much of it is to be left in the end.
+        min_keep: least fraction of the dense model's units that a group keeps.
         ignored: layers that keep their outputs.
     """
 
@@ -61,36 +67,40 @@ class Pruning:
     settle: Callable[[], nn.Module]
     compensate: bool
     source: str
+    dense: Sequence[Group]
     measure: str
+    target: float
     alpha: float
-    least: Kept
+    min_keep: float
     round_to: int | None
     ignored: Sequence[nn.Module]
     seed: int
 
-    def step(self, goal: float, part: float, planned: Kept | None, final: float | None) -> Step:
+    def step(self, goal: float, part: float, before: Step | None) -> Step:
         """Go part of the way to the goal.
 
         Args:
             goal: so much of the measure is to be left.
             part: how much of the way, from 0 to 1.
-            planned: what the step before, of the same round, meant to keep in the end.
-            final: in the first step, the fraction that is to be left in the end.
+            before: the step before, if there was one.
 
         Raises:
-            InputError: whole channels can't meet the final budget; nothing was changed.
+            InputError: whole channels can't meet the budget; nothing was changed.
         """
         scores = self.importance()
         with naming(self.source):
             measurement = scores.measurement()
-        groups = prunable_groups(self.model, self.example_inputs, self.ignored)
-        sensitivity = measurement.sensitivity(groups)
-        alone = len(self.least) - len(groups)
-        planner = Planner(self.model, self.example_inputs, groups, self.measure, self.least, self.round_to, alone)
+        found = prunable_groups(self.model, self.example_inputs, self.ignored)
+        sensitivity = measurement.sensitivity(found)
+        groups = self._with_units_to_lose(found)
+        there = before.units if before else {group.name: group.units for group in self.dense}
         units = {group.name: group.units for group in groups}
-        plan = self._plan(planner, sensitivity, goal / planner.whole, planned, final)
+        alone = sum(count for name, count in there.items() if name not in units)
+        least = least_units(self.dense, self.min_keep)
+        planner = Planner(self.model, self.example_inputs, groups, self.measure, least, self.round_to, alone)
+        plan, final = self._plan(planner, losses_of(self.model, sensitivity, found), goal, before)
         kept = planner.part_of_the_way(plan, part)
-        before = self._widths(units)
+        widths = self._widths(units)
         if kept != units:
             ratios = ratios_of(self.model, groups, kept)
             step = partial(step_with, moments=measurement.moments) if self.compensate else methodcaller("step")
@@ -100,26 +110,44 @@ class Pruning:
                 self.settle()
         after = self._widths(units)
         return Step(
+            goal,
             plan,
+            final,
+            {**there, **kept},
             {name: kept[name] / units[name] for name in units},
-            {name: (before[name], after[name]) for name in before},
+            {name: (widths[name], after[name]) for name in widths},
             planner.amount(self.model, kept),
             sensitivity.to_dict(),
         )
 
-    def _plan(
-        self, planner: Planner, sensitivity: Sensitivity, goal: float, planned: Kept | None, final: float | None
-    ) -> Kept:
-        """What each group is to keep at the goal, a fraction of what the model has now."""
-        losses, fraction = losses_of(self.model, sensitivity, planner.groups), min(goal, 1.0)
-        if final is not None:
-            plan = planner.plan(losses, final, self.alpha)
-            if math.isclose(fraction, final):
-                return plan
+    def _with_units_to_lose(self, groups: Sequence[Group]) -> list[Group]:
+        """Those whose units are still the dense model's.
+
+        A grouped convolution with one channel left in each group is a depthwise one to Torch-Pruning, which then takes
+        its channels for units.
+        """
+        repeats = {group.name: group.repeats for group in self.dense}
+        return [group for group in groups if group.repeats == repeats[group.name]]
+
+    def _plan(self, planner: Planner, losses: Losses, goal: float, before: Step | None) -> tuple[Kept, Kept]:
+        """What each group is to keep at the goal, and in the end.
+
+        Until the last round no group goes below what the first step of all meant to keep in the end, so that the budget
+        can still be met; there, and within a round, an earlier plan stands where a new one misses the goal, as may be
+        with few channels left to choose from.
+        """
+        fraction, last = min(goal / planner.whole, 1.0), goal == self.target
+        if before is None:
+            final = planner.plan(losses, fraction if last else self.target / planner.whole, self.alpha)
+            if last:
+                return final, final
+        else:
+            final = before.final
+        if not last:
+            planner = replace(planner, least=final)
         plan, left = planner.nearest(losses, fraction, self.alpha)
-        if planned is not None and not is_met(left, fraction):
-            return planned  # with few channels left to choose from, it may be the only one that meets the goal
-        return plan
+        earlier = before.plan if before and before.goal == goal else final if last else None
+        return (plan if is_met(left, fraction) or earlier is None else earlier), final
 
     def _widths(self, names: Container[str]) -> dict[str, int]:
         """Output channels of the root of each group, in the order of the network."""
