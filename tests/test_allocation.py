@@ -24,7 +24,7 @@ from tests.conftest import image_batches, small_cnn, small_resnet, unchanged
 from tp_mrs import InputError, Sensitivity, allocate, measure_sensitivity, pruner_kwargs, refresh
 from tp_mrs.allocation import LayerCost, Planner, _Plan, amount, least_units, losses_of
 from tp_mrs.costs import costs_of
-from tp_mrs.pruning import Group, prunable_groups
+from tp_mrs.pruning import Group, prunable_groups, prune_by_ratio
 
 SIDES = {"small_resnet": 32, "vgg11_bn": 32, "mobilevit_xxs": 64}
 
@@ -377,3 +377,22 @@ def test_steps_end_at_the_plan(units: int, left: int, data: st.DataObject) -> No
         widths.append(planner.part_of_the_way({"g": plan}, 1 / rest)["g"])
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] == plan
+
+
+def test_a_budget_is_refused_only_if_no_plan_meets_it() -> None:
+    """Two wide steps of widths, all of which are tried by hand: params = 257 a + a b + 11 b + 10, as 256 inputs are."""
+    sizes = nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 10)
+    model, example = nn.Sequential(nn.Flatten(), *sizes), torch.zeros(1, 1, 16, 16)
+    possible = {257 * a + a * b + b + 10 * b + 10 for a in range(4, 33) for b in range(3, 25)}
+    whole = max(possible)
+    for target in np.arange(0.2, 1.0, 0.02).round(2):
+        reachable = any(abs(params / whole - target) <= 0.01 * target for params in possible)
+        try:
+            ratios = allocate(model, example, {"1": 1.0, "3": 1.0}, params=target)
+        except InputError:
+            assert not reachable
+            continue
+        assert reachable
+        pruned = copy.deepcopy(model)
+        prune_by_ratio(pruned, example, {pruned[index]: ratios[model[index]] for index in (1, 3)})
+        assert amount(pruned, example, "params") / whole == pytest.approx(target, rel=0.01)

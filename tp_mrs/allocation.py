@@ -23,6 +23,9 @@ from .uncertainty import Array
 TOLERANCE = 0.01
 """How far the pruned model may be from the target, as a fraction of the target."""
 
+REACHES, MOST_MOVES = (3, 10, 30), 40_000
+"""Steps by which two groups are moved where whole units miss the target, and about twice how many ways are tried."""
+
 Kept = dict[str, int]
 """Units kept of each group."""
 
@@ -76,7 +79,7 @@ def allocate(
         pruning is lower than with `Sensitivity.typical` (benchmarks/README.md).
 
     Raises:
-        InputError: an argument is unusable, or the budget can't be met within 1%; it names the nearest one that can.
+        InputError: an argument is unusable, or no plan was found that meets the budget within 1%; it names the nearest.
     """
     measure, target = single_budget(macs=macs, params=params, channels=channels)
     check_allocation(alpha=alpha, min_keep=min_keep, round_to=round_to)
@@ -365,8 +368,22 @@ class _Plan:
                 return kept
 
     def _exchanged(self, kept: Kept, target: float) -> Kept:
-        """The plan nearest to `target` among those that move two groups by up to three steps; for coarse networks."""
-        near = {group.name: _near(self.choices(group), kept[group.name]) for group in self.groups}
+        """The plan nearest to `target` among those that move two groups by a few steps; for coarse networks.
+
+        Where none of them meets it, by more.
+        """
+        found = kept
+        for reach in REACHES:
+            near = {group.name: _near(self.choices(group), kept[group.name], reach) for group in self.groups}
+            if reach > REACHES[0] and sum(map(len, near.values())) ** 2 > MOST_MOVES:
+                break
+            found = self._nearest_of(kept, near, target)
+            if is_met(self.cost(found), target):
+                break
+        return found
+
+    def _nearest_of(self, kept: Kept, near: Mapping[str, Sequence[int]], target: float) -> Kept:
+        """The plan nearest to `target` that has any two groups elsewhere."""
         touched = {
             name: {place for place, layer in enumerate(self.costs) if name in {*layer.outputs, *layer.inputs}}
             for name in near
@@ -401,10 +418,10 @@ def _rounded(wanted: float, choices: Sequence[int]) -> int:
     return next(choice for choice in choices if choice >= wanted - 1e-9)
 
 
-def _near(choices: Sequence[int], current: int) -> Sequence[int]:
-    """`current` and up to three choices on either side."""
+def _near(choices: Sequence[int], current: int, reach: int) -> Sequence[int]:
+    """`current` and up to so many choices on either side."""
     index = choices.index(current)
-    return choices[max(index - 3, 0) : index + 4]
+    return choices[max(index - reach, 0) : index + reach + 1]
 
 
 def _ratio(kept: int, units: int) -> float:
