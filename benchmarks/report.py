@@ -470,7 +470,7 @@ SHOWN: dict[str, tuple[str, str]] = {
     "MRS allocate": ("#56B4E9", "P"),
     "MRSImportance, global": (GREEN, "s"),
     "L2, uniform": (ORANGE, "^"),
-    "L2, uniform, compensated": ("#7F3C00", "<"),
+    BESIDE: ("#7F3C00", "<"),
     "L2, global": ("#E69F00", "v"),
     "Taylor (adversarial), global": ("#CC79A7", "D"),
     "random, uniform": (GREY, "x"),
