@@ -68,7 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         check_count("jobs", arguments.jobs)
-        check_output_folder(arguments.out)
+        if check_output_folder(arguments.out).resolve() == arguments.cells.resolve():
+            raise InputError("out: it is the folder of the old cells, which are not made again; choose another one")
         paths = [path for path in sorted(arguments.cells.glob("*/*/*.json")) if chosen(path, arguments)]
         if not paths:
             raise InputError(f"cells: {arguments.cells} has none of these")

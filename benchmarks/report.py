@@ -625,9 +625,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for report.md and plots, instead of the README files")
     arguments = parser.parse_args()
     try:
-        found = comparisons(arguments.cells)
         if arguments.out:
             check_output_folder(arguments.out)
+        elif arguments.cells.resolve() != CELLS.resolve():
+            raise InputError("out: needed for cells of your own; without it the committed tables are replaced")
+        found = comparisons(arguments.cells)
     except InputError as error:
         parser.error(str(error))
     if arguments.out:
@@ -637,6 +639,7 @@ def main() -> None:
         fill("pruners_summary", summary(found, details=False), FOLDER.parent / "README.md")
     for name, plot in PLOTS.items():
         plot(found, (arguments.out or RESULTS) / name)
+    print(f"written to {arguments.out or 'README.md, benchmarks/README.md and benchmarks/results'}")
 
 
 if __name__ == "__main__":

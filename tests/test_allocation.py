@@ -396,3 +396,18 @@ def test_a_budget_is_refused_only_if_no_plan_meets_it() -> None:
         pruned = copy.deepcopy(model)
         prune_by_ratio(pruned, example, {pruned[index]: ratios[model[index]] for index in (1, 3)})
         assert amount(pruned, example, "params") / whole == pytest.approx(target, rel=0.01)
+
+
+def test_few_plans_are_all_tried() -> None:
+    """In multiples of 8 it takes three groups to move."""
+    convolutions = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2)]
+    model = nn.Sequential(*convolutions, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    example = torch.zeros(1, 3, 16, 16)
+    whole, pruned = amount(model, example, "macs"), copy.deepcopy(model)
+    prune_by_ratio(pruned, example, {pruned[2]: 0.49, pruned[4]: 0.124})
+    assert [module.out_channels for module in pruned if isinstance(module, nn.Conv2d)] == [32, 32, 56]
+    target = amount(pruned, example, "macs") / whole
+    ratios = allocate(model, example, {"0": 1.0, "2": 1.0, "4": 1.0}, macs=target, round_to=8)
+    met = copy.deepcopy(model)
+    prune_by_ratio(met, example, {met[int(name)]: ratios[model[int(name)]] for name in ("0", "2", "4")})
+    assert amount(met, example, "macs") / whole == pytest.approx(target, rel=0.01)

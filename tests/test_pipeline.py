@@ -222,6 +222,16 @@ def test_groups_of_convolutions_keep_their_last_channels_in_later_rounds(batches
     assert report.rounds[-1].reached == units / 32 == 10 / 32
 
 
+def test_later_rounds_have_nothing_left_to_do(batches: Batches) -> None:
+    """The only group is down to one channel after the first."""
+    classifier = nn.Conv2d(2, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), *classifier)
+    report = mrpf(model, EXAMPLE, batches, torchattacks.FGSM, channels=0.5, rounds=2, iterative_steps=2, epochs=0)
+    assert [dict(each.ratios) for each in report.rounds] == [{"0": 0.5}, {}]
+    assert report.widths == {"0": (2, 1)}
+    assert report.rounds[-1].reached == 0.5
+
+
 def test_the_report_has_the_last_widths_of_what_dropped_out() -> None:
     widths: list[dict[str, tuple[int, int]]] = [{"a": (4, 3), "b": (8, 6)}, {"a": (3, 1), "b": (6, 5)}, {"b": (5, 4)}]
     rounds: Any = tuple(SimpleNamespace(widths=each) for each in widths)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
+from benchmarks import again, report, run
 from benchmarks import contenders as roster
-from benchmarks import report, run
-from benchmarks.again import again
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Regularised, Subject, allocated, plain
 from tp_mrs.allocation import amount
 from tp_mrs.data import load_data
@@ -349,7 +348,7 @@ def test_made_again_cells_are_compared_image_by_image(
     run.do(WORK, (0,), {MAIN: CONTENDERS[MAIN]}, cells, test_images=20, more_images=30)
     folder = tmp_path_factory.mktemp("again")
     for path in cells.glob("*/*/*.json"):
-        again(path, folder, None)
+        again.again(path, folder, None)
     lines = [line for line in capsys.readouterr().out.splitlines() if "images differ" in line]
     assert len(lines) == len(FEW) + 1
     assert all(line.endswith("; 0 images differ") for line in lines)
@@ -358,7 +357,7 @@ def test_made_again_cells_are_compared_image_by_image(
     outcomes = cell["curve"]["0"]["outcomes"]
     outcomes["pgd-20"] = f"{int(outcomes['pgd-20'][0], 16) ^ 8:x}{outcomes['pgd-20'][1:]}"
     path.write_text(json.dumps(cell))
-    again(path, folder, None)
+    again.again(path, folder, None)
     differing = [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()]
     assert differing == ["1 images differ", "0 images differ"]
 
@@ -394,6 +393,16 @@ def test_the_report_refuses_cells_that_do_not_fit(cells: Path, tmp_path_factory:
     next(cells.rglob("dense-0.json")).unlink()
     with pytest.raises(InputError, match=r"and its dense-0.json were not made"):
         report.comparisons(cells)
+
+
+def test_committed_files_stay_where_other_cells_are_meant(
+    cells: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for main, options in ((report.main, []), (again.main, ["--out", str(cells)])):
+        monkeypatch.setattr("sys.argv", ["benchmark", "--cells", str(cells), *options])
+        with pytest.raises(SystemExit):
+            main()
+        assert "error: out: " in capsys.readouterr().err
 
 
 def test_the_readme_files_show_the_committed_cells() -> None:

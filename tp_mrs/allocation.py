@@ -23,8 +23,9 @@ from .uncertainty import Array
 TOLERANCE = 0.01
 """How far the pruned model may be from the target, as a fraction of the target."""
 
-REACHES, MOST_MOVES = (3, 10, 30), 40_000
-"""Steps by which two groups are moved where whole units miss the target, and about twice how many ways are tried."""
+REACHES, MOST_MOVES, MOST_PLANS = (3, 10, 30), 40_000, 10_000
+"""Where whole units miss the target: steps by which two groups are moved, about twice how many such ways are tried, and
+how many plans may be tried all."""
 
 Kept = dict[str, int]
 """Units kept of each group."""
@@ -370,7 +371,7 @@ class _Plan:
     def _exchanged(self, kept: Kept, target: float) -> Kept:
         """The plan nearest to `target` among those that move two groups by a few steps; for coarse networks.
 
-        Where none of them meets it, by more.
+        Where none of them meets it, by more; where that does not, among all plans, if they are few.
         """
         found = kept
         for reach in REACHES:
@@ -379,8 +380,13 @@ class _Plan:
                 break
             found = self._nearest_of(kept, near, target)
             if is_met(self.cost(found), target):
-                break
-        return found
+                return found
+        choices = [self.choices(group) for group in self.groups]
+        if math.prod(map(len, choices)) > MOST_PLANS:
+            return found
+        names = [group.name for group in self.groups]
+        plans = (dict(zip(names, units, strict=True)) for units in itertools.product(*choices))
+        return min(plans, key=lambda plan: abs(self.cost(plan) - target))
 
     def _nearest_of(self, kept: Kept, near: Mapping[str, Sequence[int]], target: float) -> Kept:
         """The plan nearest to `target` that has any two groups elsewhere."""

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """`$TP_MRS_CACHE`, or `~/.cache/tp_mrs`."""
-    return Path(os.environ.get("TP_MRS_CACHE", Path.home() / ".cache" / "tp_mrs"))
+    """`$TP_MRS_CACHE`, or `tp_mrs` in `$XDG_CACHE_HOME`, which by default is `~/.cache`."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TP_MRS_CACHE", caches / "tp_mrs"))
 
 
 def dense_model(

@@ -20,7 +20,7 @@ from .costs import fractions, least_kept, macs_of, prices
 from .errors import InputError, check_choice, check_count, check_flag, check_number, device_of
 from .measuring import Estimator, Measurement, check_settings, measure, measured_weights
 from .numerics import Precision
-from .pruning import layers_of, prunable_groups, side_of, width
+from .pruning import groups_left, layers_of, prunable_groups, side_of, width
 from .sensitivity import Sensitivity
 from .uncertainty import Array
 
@@ -247,7 +247,7 @@ class _Layout:
         macs: dict[str, float] = {}
         for full, name in macs_of(model, example, layers):
             macs[name] = macs.get(name, 0.0) + full  # attention is counted as a whole, under its first layer's name
-        groups = prunable_groups(model, example)
+        groups = groups_left(model, example)
         repeats: dict[tuple[str | None, str], int] = {
             (member.name, member.side): group.repeats for group in groups for member in group.members
         }

@@ -168,10 +168,8 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor, ignored_layers: It
         InputError: there are none.
     """
     ignored = list(ignored_layers)
-    pruner = build_pruner(model, example_inputs, ignored_layers=ignored)
-    names = {module: name for name, module in model.named_modules()}
-    groups = [_describe_group(pruner, rooted, names) for rooted in rooted_groups(pruner)]
-    if not groups and ignored and prunable_groups(model, example_inputs):
+    groups = groups_left(model, example_inputs, ignored)
+    if not groups and ignored and groups_left(model, example_inputs):
         raise InputError("ignored_layers: without these there is nothing to prune; leave some of them out")
     if not groups:
         reasons = [f"{name}: {reason}" for name, reason in reasons_to_keep(model, example_inputs).items()]
@@ -180,6 +178,13 @@ def prunable_groups(model: nn.Module, example_inputs: Tensor, ignored_layers: It
             f"can be followed ({'; '.join(reasons[-3:]) or 'it has none'})"
         )
     return groups
+
+
+def groups_left(model: nn.Module, example_inputs: Tensor, ignored_layers: Iterable[nn.Module] = ()) -> list[Group]:
+    """The same of a model that has been pruned already, which may have none left."""
+    pruner = build_pruner(model, example_inputs, ignored_layers=ignored_layers)
+    names = {module: name for name, module in model.named_modules()}
+    return [_describe_group(pruner, rooted, names) for rooted in rooted_groups(pruner)]
 
 
 def _describe_group(pruner: Any, rooted: RootedGroup, names: Mapping[nn.Module, str]) -> Group:

@@ -15,7 +15,7 @@ from .borrowing import preserved_rng
 from .compensation import step_with
 from .errors import naming
 from .importance import MRSImportance
-from .pruning import Group, prunable_groups, prune_by_ratio, width
+from .pruning import Group, groups_left, prune_by_ratio, width
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,14 @@ class Pruning:
         Raises:
             InputError: whole channels can't meet the budget; nothing was changed.
         """
+        found = groups_left(self.model, self.example_inputs, self.ignored)
+        groups = self._with_units_to_lose(found)
+        if before and not groups:
+            return replace(before, goal=goal, kept={}, widths={})
         scores = self.importance()
         with naming(self.source):
             measurement = scores.measurement()
-        found = prunable_groups(self.model, self.example_inputs, self.ignored)
         sensitivity = measurement.sensitivity(found)
-        groups = self._with_units_to_lose(found)
         there = before.units if before else {group.name: group.units for group in self.dense}
         units = {group.name: group.units for group in groups}
         alone = sum(count for name, count in there.items() if name not in units)
@@ -127,7 +129,7 @@ class Pruning:
         its channels for units.
         """
         repeats = {group.name: group.repeats for group in self.dense}
-        return [group for group in groups if group.repeats == repeats[group.name]]
+        return [group for group in groups if group.repeats == repeats.get(group.name)]
 
     def _plan(self, planner: Planner, losses: Losses, goal: float, before: Step | None) -> tuple[Kept, Kept]:
         """What each group is to keep at the goal, and in the end.
