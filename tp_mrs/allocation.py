@@ -129,18 +129,19 @@ class Planner:
     def nearest(self, losses: Losses, target: float, alpha: float) -> tuple[Kept, float]:
         """The plan that is nearest to the budget, and the fraction that it really leaves.
 
-        Aim, count, and aim anew by what the estimate missed.
+        Aim, count, and aim anew by what the estimate missed; where that does not meet it, again with a wider search.
         """
         costs = costs_of(self.model, self.example_inputs, self.groups, self.measure)
         plan = _Plan(self.groups, costs, losses, alpha, self.least, self.round_to)
         found: list[tuple[Kept, float]] = []
-        aim = target
-        for _ in range(8):
-            kept = plan.solve(aim)
-            found.append((kept, self.left(kept)))
-            if is_met(found[-1][1], target):
-                break
-            aim = target + plan.cost(kept) - found[-1][1]
+        for wide in (False, True):
+            aim = target
+            for _ in range(8):
+                kept = plan.solve(aim, wide=wide)
+                found.append((kept, self.left(kept)))
+                if is_met(found[-1][1], target):
+                    return found[-1]
+                aim = target + plan.cost(kept) - found[-1][1]
         return min(found, key=lambda each: abs(each[1] - target))
 
     def left(self, kept: Kept) -> float:
@@ -343,8 +344,11 @@ class _Plan:
         removed = self.removed(kept)
         return sum(layer.at(removed) for layer in self.costs)
 
-    def solve(self, target: float) -> Kept:
-        """A plan that costs about `target`, in the proportions wanted as far as whole units allow."""
+    def solve(self, target: float, *, wide: bool = False) -> Kept:
+        """A plan that costs about `target`, in the proportions wanted as far as whole units allow.
+
+        With `wide`, plans farther from these proportions are tried, too, where none near them meets it.
+        """
         if target >= 1:
             return {group.name: group.units for group in self.groups}
         limits = np.concatenate([*self.limits.values(), [1.0]])
@@ -353,7 +357,7 @@ class _Plan:
             middle = math.sqrt(low) * math.sqrt(high)
             low, high = (low, middle) if self.cost(self.rounded(self.wanted(middle))) <= target else (middle, high)
         kept = self._filled(self.rounded(self.wanted(high)), self.wanted(low), target)
-        return kept if self.cost(kept) >= target * (1 - TOLERANCE / 2) else self._exchanged(kept, target)
+        return kept if self.cost(kept) >= target * (1 - TOLERANCE / 2) else self._exchanged(kept, target, wide=wide)
 
     def _filled(self, kept: Kept, wanted: Mapping[str, float], target: float) -> Kept:
         """Hand out what rounding left over, one step a group and round, to those furthest below what they wanted."""
@@ -368,10 +372,10 @@ class _Plan:
             if not changed or self.cost(kept) >= target * (1 - TOLERANCE / 4):
                 return kept
 
-    def _exchanged(self, kept: Kept, target: float) -> Kept:
+    def _exchanged(self, kept: Kept, target: float, *, wide: bool) -> Kept:
         """The plan nearest to `target` among those that move two groups by a few steps; for coarse networks.
 
-        Where none of them meets it, by more; where that does not, among all plans, if they are few.
+        With `wide`, where none of them meets it, by more; where that does not, among all plans, if they are few.
         """
         found = kept
         for reach in REACHES:
@@ -379,7 +383,7 @@ class _Plan:
             if reach > REACHES[0] and sum(map(len, near.values())) ** 2 > MOST_MOVES:
                 break
             found = self._nearest_of(kept, near, target)
-            if is_met(self.cost(found), target):
+            if not wide or is_met(self.cost(found), target):
                 return found
         choices = [self.choices(group) for group in self.groups]
         if math.prod(map(len, choices)) > MOST_PLANS:
