@@ -604,10 +604,7 @@ OURS: dict[str, Contender] = {
 """`mrpf` in one round is fine-tuned as the others are; `allocate` alone does not compensate, and prunes at once."""
 
 
-def compensated(make: Make, scope: str) -> Prune:
-    return by_ratio(make, scope, compensate=True)
-
-
+compensated = partial(by_ratio, compensate=True)
 COMPENSATED: dict[str, Contender] = {
     "L2, uniform, compensated": Once(compensated(plain(L2), "uniform")),
     "L2, uniform, compensated, 4 steps": Once(in_steps(compensated(plain(L2), "uniform"))),
@@ -622,7 +619,7 @@ COMPENSATED: dict[str, Contender] = {
 ROUNDED: dict[str, Contender] = {
     "mrpf, multiples of 8": Once(one_round(round_to=8)),
     "L2, uniform, multiples of 8": Once(by_ratio(plain(L2), "uniform", round_to=8)),
-    "L2, uniform, compensated, multiples of 8": Once(by_ratio(plain(L2), "uniform", compensate=True, round_to=8)),
+    "L2, uniform, compensated, multiples of 8": Once(compensated(plain(L2), "uniform", round_to=8)),
 }
 """Numbers of channels that hardware likes."""
 

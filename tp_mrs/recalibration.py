@@ -59,7 +59,9 @@ def recalibrate(
         )
     with preserved_flags(model), preserved_rng(model, seed), preserved_buffers(model), torch.no_grad():
         (_set_all if variances else _set_means)(model, batches)
-        found = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in _norms(model)}
+        # `_set_all` resets what reads nothing, which is to stay as it was
+        read = [norm for norm in _norms(model) if not variances or norm.num_batches_tracked != 0]
+        found = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in read}
         if not all(buffer.isfinite().all() for buffers in found.values() for buffer in buffers):
             where = next(filter(None, (culprit(model.eval(), images) for images, _ in batches)), "")
             raise DivergenceError(f"what BatchNorm reads is not finite{where}")
@@ -74,9 +76,8 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def _set_all(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Means and variances, to those of what each layer reads in training; those that read nothing keep theirs."""
+    """Means and variances, to those of what each layer reads in training; those that read nothing are reset."""
     momenta = {norm: norm.momentum for norm in _norms(model)}
-    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in momenta}
     try:
         update_bn(_without_single_images(batches), model)
     except ValueError as error:
@@ -88,10 +89,6 @@ def _set_all(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-    for norm, buffers in before.items():
-        if norm.num_batches_tracked is not None and not norm.num_batches_tracked:
-            for buffer, value in zip(norm.buffers(), buffers, strict=True):
-                buffer.copy_(value)
 
 
 def _set_means(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
