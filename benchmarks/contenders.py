@@ -40,7 +40,7 @@ from tp_mrs.data import ImageData, make_loader, random_subset
 from tp_mrs.errors import InputError, device_of
 from tp_mrs.importance import lent_gradients, sorted_copy
 from tp_mrs.measuring import Measurement, measure
-from tp_mrs.objectives import Objective, resolve
+from tp_mrs.objectives import Objective, resolve, rslad
 from tp_mrs.pruning import build_pruner, prunable_groups, prune_by_ratio, pruner_kwargs
 
 CRITERION_ATTACK = "pgd-10"
@@ -158,14 +158,16 @@ Make: TypeAlias = Callable[[Subject, nn.Module], Any]
 
 
 class Tuning(NamedTuple):
-    """What `finetune` is told in place of `FINETUNING`, and the passes that an image takes."""
+    """What `finetune` is told in place of `FINETUNING`, and the passes, forward and back, that an image takes."""
 
-    changes: dict[str, Any]
-    passes: int
+    changes: Callable[[Subject], dict[str, Any]]
+    passes: float
 
 
-FAST = Tuning({}, passes=2)
-MART = Tuning({"objective": "mart", "attack": "ffgsm"}, passes=3)
+FAST = Tuning(lambda subject: {}, passes=2)
+MART = Tuning(lambda subject: {"objective": "mart", "attack": "ffgsm"}, passes=3)
+RSLAD = Tuning(lambda subject: {"objective": rslad(subject.model), "attack": "ffgsm"}, passes=10 / 3)
+"""The last learns from the dense network, which sees each image forward only."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class Once:
         model = copy.deepcopy(_pruned(self.prune, subject, budget))
         if epochs:
             equal = epochs * FAST.passes / self.tuning.passes
-            finetune(model, subject.train_data, epochs=equal, **{**subject.finetuning, **self.tuning.changes})
+            changes = self.tuning.changes(subject)
+            finetune(model, subject.train_data, epochs=equal, **{**subject.finetuning, **changes})
         return model
 
 
@@ -589,10 +592,11 @@ def own(kind: str = "adversarial") -> Make:
     return lambda subject, model: mrs("sensitivity", kind=kind)(subject, model).base_scores
 
 
-OWN = own()
+OWN, IN_ONE_ROUND = own(), one_round()
 OURS: dict[str, Contender] = {
-    "mrpf": Once(one_round()),
-    "mrpf, MART": Once(one_round(), MART),
+    "mrpf": Once(IN_ONE_ROUND),
+    "mrpf, MART": Once(IN_ONE_ROUND, MART),
+    "mrpf, RSLAD": Once(IN_ONE_ROUND, RSLAD),
     "mrpf, 2 rounds": in_rounds(2, iterative_steps=2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
