@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from operator import methodcaller
 from typing import Any, NamedTuple, TypeAlias
@@ -165,9 +165,22 @@ class Tuning(NamedTuple):
 
 
 FAST = Tuning(lambda subject: {}, passes=2)
-MART = Tuning(lambda subject: {"objective": "mart", "attack": "ffgsm"}, passes=3)
-RSLAD = Tuning(lambda subject: {"objective": rslad(subject.model), "attack": "ffgsm"}, passes=10 / 3)
-"""The last learns from the dense network, which sees each image forward only."""
+TUNINGS = {
+    "MART": Tuning(lambda subject: {"objective": "mart", "attack": "ffgsm"}, passes=3),
+    "RSLAD": Tuning(lambda subject: {"objective": rslad(subject.model), "attack": "ffgsm"}, passes=10 / 3),
+}
+"""Other objectives; the last learns from the dense network, which sees each image forward only."""
+
+
+def retuned(name: str, tuning: str) -> str:
+    """What a contender is called that is fine-tuned in this way of `TUNINGS`, or as usual if it is empty."""
+    return f"{name}, {tuning}" if tuning else name
+
+
+def tuning_of(name: str) -> tuple[str, str]:
+    """The contender's name without its tuning, and that."""
+    base, _, last = name.rpartition(", ")
+    return (base, last) if last in TUNINGS else (name, "")
 
 
 @dataclass(frozen=True)
@@ -560,7 +573,7 @@ MAGNITUDES: dict[str, Callable[[], Any]] = {
 }
 GRADIENTS: dict[str, Callable[[str], Make]] = {"Taylor": taylor, "Hessian": hessian, "OBD-C": obdc}
 
-OTHERS: dict[str, Contender] = {
+OTHERS: dict[str, Once] = {
     "random, uniform": Once(by_ratio(plain(tp.importance.RandomImportance), "uniform")),
     **{
         f"{label}, {scope}": Once(by_ratio(plain(importance), scope))
@@ -592,11 +605,12 @@ def own(kind: str = "adversarial") -> Make:
     return lambda subject, model: mrs("sensitivity", kind=kind)(subject, model).base_scores
 
 
-OWN, IN_ONE_ROUND = own(), one_round()
+MAIN = "mrpf"
+"""The one that others are compared with, pair by pair."""
+
+OWN, IN_ONE_ROUND = own(), Once(one_round())
 OURS: dict[str, Contender] = {
-    "mrpf": Once(IN_ONE_ROUND),
-    "mrpf, MART": Once(IN_ONE_ROUND, MART),
-    "mrpf, RSLAD": Once(IN_ONE_ROUND, RSLAD),
+    MAIN: IN_ONE_ROUND,
     "mrpf, 2 rounds": in_rounds(2, iterative_steps=2),
     "MRS allocate": Once(allocated(OWN, sensitivity)),
     "MRS allocate + L2": Once(allocated(plain(L2), sensitivity)),
@@ -609,7 +623,7 @@ OURS: dict[str, Contender] = {
 
 
 compensated = partial(by_ratio, compensate=True)
-COMPENSATED: dict[str, Contender] = {
+COMPENSATED: dict[str, Once] = {
     "L2, uniform, compensated": Once(compensated(plain(L2), "uniform")),
     "L2, uniform, compensated, 4 steps": Once(in_steps(compensated(plain(L2), "uniform"))),
     "L2, global, compensated": Once(compensated(plain(L2), "global")),
@@ -626,9 +640,6 @@ ROUNDED: dict[str, Contender] = {
     "L2, uniform, compensated, multiples of 8": Once(compensated(plain(L2), "uniform", round_to=8)),
 }
 """Numbers of channels that hardware likes."""
-
-RETUNED: dict[str, Contender] = {"L2, uniform, MART": Once(by_ratio(plain(L2), "uniform"), MART)}
-"""Torch-Pruning's criterion with what `mrpf, MART` is fine-tuned by."""
 
 SETTLED: dict[str, Contender] = {
     "L2, uniform, variances half way": Once(by_ratio(plain(L2), "uniform", settle=half_way)),
@@ -648,6 +659,21 @@ ABLATIONS: dict[str, Contender] = {
     "with more of it: α = 1": Once(allocated(OWN, sensitivity, alpha=1.0)),
 }
 
+BESIDE = "L2, uniform, compensated, 4 steps"
+"""The simplest criterion with our compensation and as many steps."""
+
+RETUNABLE = {
+    **{name: OTHERS[name] for name in ("L2, uniform", "FPGM, uniform")},
+    MAIN: IN_ONE_ROUND,
+    BESIDE: COMPENSATED[BESIDE],
+}
+RETUNED: dict[str, Contender] = {
+    retuned(name, tuning): replace(contender, tuning=TUNINGS[tuning])
+    for tuning in TUNINGS
+    for name, contender in RETUNABLE.items()
+}
+"""Fine-tuned by another objective."""
+
 CONTENDERS: dict[str, Contender] = {
     **OTHERS,
     **OURS,
@@ -658,5 +684,3 @@ CONTENDERS: dict[str, Contender] = {
     **VARIANTS,
     **ABLATIONS,
 }
-MAIN = "mrpf"
-"""The one that others are compared with, pair by pair."""

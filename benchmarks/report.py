@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import ABLATIONS, CONTENDERS, MAIN, OTHERS, OURS, RETUNED, Budget
+from benchmarks.contenders import (
+    ABLATIONS,
+    BESIDE,
+    CONTENDERS,
+    MAIN,
+    OTHERS,
+    OURS,
+    TUNINGS,
+    Budget,
+    retuned,
+    tuning_of,
+)
 from benchmarks.run import CELLS, FORMAT, MORE, Work, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
 from tp_mrs.errors import InputError
@@ -32,12 +43,6 @@ ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
 """What cells may have beside their curves → the attack to compare by."""
-
-SUMMARISED: dict[str, Container[str]] = {MAIN: OTHERS, "mrpf, MART": RETUNED}
-"""Ours → those that were fine-tuned by the same recipe."""
-
-BESIDE = "L2, uniform, compensated, 4 steps"
-"""The simplest criterion with our compensation and as many steps, beside ours in the summary."""
 
 WHOLE = "MRS allocate"
 PARTS = (*ABLATIONS, *(name for name in OURS if name.startswith(f"{WHOLE} + ")))
@@ -104,6 +109,10 @@ class Comparison:
         wanted = self.seeds(of, point)
         return [name for name in self.names if wanted and set(wanted) <= set(self.seeds(name, point))]
 
+    def alike(self, point: str, of: str = MAIN) -> list[str]:
+        """Those in common that are fine-tuned as this one is."""
+        return [name for name in self.common(point, of) if tuning_of(name)[1] == tuning_of(of)[1]]
+
     def shared(self, contender: str, point: str, of: str = MAIN) -> list[int]:
         """Seeds that both have results for."""
         return sorted(set(self.seeds(contender, point)) & set(self.seeds(of, point)))
@@ -142,7 +151,7 @@ class Comparison:
 
     def others(self, point: str, of: str = MAIN) -> list[str]:
         """Torch-Pruning's with results for all seeds that this one has, the most robust first: it is favoured."""
-        found, seeds = [name for name in self.common(point, of) if name in SUMMARISED[of]], self.seeds(of, point)
+        found, seeds = [name for name in self.alike(point, of) if tuning_of(name)[0] in OTHERS], self.seeds(of, point)
         return sorted(found, key=lambda name: -self.accuracy(name, point, seeds=seeds))
 
 
@@ -227,8 +236,8 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
     With `details`, each seed's difference and both sizes, too.
     """
     rows = []
-    for comparison, ours in itertools.product(found, SUMMARISED):
-        points = comparison.points() if ours == MAIN else [point for point in comparison.points() if float(point)]
+    for comparison, tuning in itertools.product(found, ("", *TUNINGS)):
+        ours, points = retuned(MAIN, tuning), [point for point in comparison.points() if float(point) or not tuning]
         compared = [point for point in points if comparison.others(point, ours)]
         rows += [summary_row(comparison, ours, point) for point in dict.fromkeys([*compared[:1], *compared[-1:]])]
     header = [
@@ -249,6 +258,8 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
 
 def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     seeds, others = comparison.seeds(ours, point), comparison.others(point, ours)
+    tuning = tuning_of(ours)[1]
+    beside = retuned(BESIDE, tuning)
 
     def accuracies(name: str) -> str:
         return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
@@ -258,11 +269,11 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
 
     return [
         f"{comparison.key.subject}, {comparison.key}",
-        epochs_text(point),
+        f"{epochs_text(point)}, {tuning}" if tuning else epochs_text(point),
         str(len(seeds)),
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
-        accuracies(ours) + ("" if ours == MAIN else f" ({ours.removeprefix(f'{MAIN}, ')})"),
-        accuracies(BESIDE) if ours == MAIN and BESIDE in comparison.common(point) else "",
+        accuracies(ours),
+        accuracies(beside) if beside in comparison.alike(point, ours) else "",
         f"{accuracies(others[0])} ({others[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
         signed([comparison.only([seed]).lead(others[0], point, ours)[0] for seed in seeds]),
@@ -272,7 +283,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
 
 def label(name: str) -> str:
     """Ours stand out."""
-    return f"**{name}**" if name in OURS else name
+    return f"**{name}**" if tuning_of(name)[0] in OURS else name
 
 
 def held_out(found: Iterable[Comparison]) -> str:

@@ -30,7 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.contenders import CALIBRATION_IMAGES, CONTENDERS, CRITERION_ATTACK, Budget, Contender, Subject
+from benchmarks.contenders import (
+    CALIBRATION_IMAGES,
+    CONTENDERS,
+    CRITERION_ATTACK,
+    RETUNED,
+    Budget,
+    Contender,
+    Subject,
+)
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
 from tp_mrs import evaluate
@@ -109,7 +117,6 @@ LEADING = (
     "Hessian (adversarial), global",
     "GroupNormPruner",
     "mrpf",
-    "mrpf, MART",
     "mrpf, 2 rounds",
     "MRS allocate",
     "MRSImportance, global",
@@ -134,7 +141,7 @@ TIERS = {
             ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
             ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
         },
-        finetuned=LEADING,
+        finetuned=(*LEADING, *RETUNED),
     ),
     "gpu": Tier(
         {
@@ -282,9 +289,7 @@ def do(
             dense.add(**{measure: {"0": {**assessed(copy.deepcopy(subject.model)), **provenance()}}})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
-        for point in epochs:
-            if point and finetuned is not None and name not in finetuned:
-                continue
+        for point in points_of(name, epochs, finetuned):
             missing = {key: of for key, of in measures.items() if f"{point:g}" not in cell.content.get(key, {})}
             if missing and "failed" not in cell.content:
                 start = time.perf_counter()
@@ -293,6 +298,12 @@ def do(
                 budget = f"{work.budget.measure} {work.budget.target:.0%}"
                 where = f"{work.data}/{work.network} {budget} seed {work.seed}"
                 print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
+
+
+def points_of(name: str, epochs: Sequence[float], finetuned: Container[str] | None) -> list[float]:
+    """Those that this contender is wanted at: without fine-tuning, another objective is nothing else."""
+    tuned = finetuned is None or name in finetuned
+    return [point for point in epochs if (tuned if point else name not in RETUNED)]
 
 
 def fill_in(cell: Cell, point: float, subject: Subject, prune: PruneAndTune, measures: Mapping[str, Assess]) -> str:
