@@ -274,7 +274,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
         accuracies(ours),
         accuracies(beside) if beside in comparison.alike(point, ours) else "",
-        f"{accuracies(others[0])} ({others[0]}; {len(others)})",
+        f"{accuracies(others[0])} ({tuning_of(others[0])[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
         signed([comparison.only([seed]).lead(others[0], point, ours)[0] for seed in seeds]),
         f"{sizes(ours)}, {sizes(others[0])}",
@@ -365,28 +365,31 @@ def again(comparison: Comparison, measure: str) -> str:
     }
     dense = {seed: cell[measure]["0"] for seed, cell in comparison.dense.items() if measure in cell}
     found = replace(comparison, cells=cells, dense=dense)
-    return "\n\n".join(filter(None, (again_at(found, point, SECOND[measure]) for point in found.points())))
+    by_tuning = itertools.product(found.points(), ("", *TUNINGS))
+    return "\n\n".join(filter(None, (again_at(found, point, tuning, SECOND[measure]) for point, tuning in by_tuning)))
 
 
-def again_at(found: Comparison, point: str, attack: str) -> str:
+def again_at(found: Comparison, point: str, tuning: str, attack: str) -> str:
     """A table by this attack; nothing where there is none to compare with."""
-    names, seeds = found.common(point), found.seeds(MAIN, point)
+    ours = retuned(MAIN, tuning)
+    names, seeds = found.alike(point, ours), found.seeds(ours, point)
     if len(names) < 2:
         return ""
-    columns = [column for column in COLUMNS if column in found.cells[MAIN][seeds[0]]["curve"][point]]
+    columns = [column for column in COLUMNS if column in found.cells[ours][seeds[0]]["curve"][point]]
     rows = []
     if set(seeds) <= set(found.dense):
         rows.append(["dense", *(f"{found.dense_accuracy(seeds, column):.1f}" for column in columns), "", ""])
     for name in names:
         accuracies = [f"{found.accuracy(name, point, column, seeds):.1f}" for column in columns]
-        leads = ["" if name == MAIN else lead_text(found.lead(name, point, attack=of)) for of in ("clean", attack)]
+        leads = ["" if name == ours else lead_text(found.lead(name, point, ours, of)) for of in ("clean", attack)]
         rows.append([label(name), *accuracies, *leads])
-    images = found.cells[MAIN][seeds[0]]["curve"][point]["images"]
+    images = found.cells[ours][seeds[0]]["curve"][point]["images"]
     when = f"after {epochs_text(point)} of fine-tuning" if float(point) else "right after pruning"
+    when += f" by {tuning}" if tuning else ""
     title = (
         f"**{COLUMNS[attack]}**, {found.key.subject}, {found.key}, {when}: {images:,} test images, {seeds_text(seeds)}."
     )
-    leads = [f"{MAIN} less this, {COLUMNS[of]}" for of in ("clean", attack)]
+    leads = [f"{ours} less this, {COLUMNS[of]}" for of in ("clean", attack)]
     header = ["", *(COLUMNS[column] for column in columns), *leads]
     return f"{title}\n\n{markdown(header, rows)}"
 
@@ -402,7 +405,7 @@ def crossing(xs: Sequence[float], ys: Sequence[float], level: float) -> float | 
 
 
 def budget_table(comparison: Comparison) -> str:
-    """Every contender at one budget."""
+    """Every contender at one budget, less ours with the same fine-tuning."""
     points = comparison.points()
     columns = [column for column in COLUMNS if all(column in cell for cell in comparison.dense.values())]
     most = {point: max((comparison.seeds(name, point) for name in comparison.names), key=len) for point in points}
@@ -424,8 +427,9 @@ def budget_table(comparison: Comparison) -> str:
             accuracies = " / ".join(f"{comparison.accuracy(name, point, of, seeds):.1f}" for of in columns if seeds)
             fewer = f" ({seeds_text(seeds)})" if seeds and len(seeds) < len(compared[point]) else ""
             row.append(accuracies + fewer)
-            shared = comparison.shared(name, point)
-            row.append(lead_text(comparison.lead(name, point)) if shared and name != MAIN else "")
+            ours = retuned(MAIN, tuning_of(name)[1])
+            comparable = name != ours and comparison.shared(name, point, ours)
+            row.append(lead_text(comparison.lead(name, point, ours)) if comparable else "")
         rows.append(row)
     first = next(iter(comparison.dense.values()))
     dense = ", ".join(

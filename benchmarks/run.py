@@ -35,6 +35,7 @@ from benchmarks.contenders import (
     CONTENDERS,
     CRITERION_ATTACK,
     RETUNED,
+    TUNINGS,
     Budget,
     Contender,
     Subject,
@@ -118,6 +119,7 @@ LEADING = (
     "GroupNormPruner",
     "mrpf",
     "mrpf, 2 rounds",
+    *(f"{name}, {tuning}" for tuning in TUNINGS for name in ("L2, uniform", "mrpf")),
     "MRS allocate",
     "MRSImportance, global",
     "L2, uniform, compensated",
@@ -141,7 +143,7 @@ TIERS = {
             ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
             ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
         },
-        finetuned=(*LEADING, *RETUNED),
+        finetuned=LEADING,
     ),
     "gpu": Tier(
         {

@@ -453,13 +453,41 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
     assert [(row[1], row[4]) for row in rows] == [
         ("none", "20.0 / 100.0"),
         ("1 epoch", "20.0 / 100.0"),
-        ("1 epoch", "20.0 / 100.0 (MART)"),
+        ("1 epoch, MART", "20.0 / 100.0"),
     ]
     assert rows[0][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
-    assert rows[2][5:7] == ["", "20.0 / 100.0 (L2, uniform, MART; 1)"]
+    assert rows[2][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
     assert rows[0][8:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
     brief = report.summary([comparison], details=False).splitlines()[2]
     assert brief == f"{' | '.join(rows[0][:8])} |"
+
+
+def test_what_is_fine_tuned_alike_is_compared() -> None:
+    found = {MAIN: "1000000000", "L2, uniform": "1100000000"}
+    found |= {"mrpf, RSLAD": "1111000000", "L2, uniform, RSLAD": "1110000000"}
+    cells = {name: {seed: cell(seed, bits, 10) for seed in (0, 1)} for name, bits in found.items()}
+    for one in (one for of in cells.values() for one in of.values()):
+        point = one["curve"]["0"]
+        point["images"], point["outcomes"]["clean"] = 10, np.packbits([1] * 10).tobytes().hex()
+        one[run.MORE] = one["curve"] = {"1": point}
+    dense = {seed: {"clean": 1.0, "pgd-20": 0.2, "settings": {"eps": "0.1", "test_images": 10}} for seed in (0, 1)}
+    comparison = report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, dense)
+    assert comparison.alike("1") == ["L2, uniform", MAIN]
+    assert comparison.others("1", "mrpf, RSLAD") == ["L2, uniform, RSLAD"]
+    usual, distilled = report.again(comparison, run.MORE).split("\n\n**")
+    assert "after 1 epoch of fine-tuning: 10 test images" in usual
+    assert "| L2, uniform | 100.0 | 20.0 | +0.0 (+0.0 to +0.0) | -10.0 (" in usual
+    assert "after 1 epoch of fine-tuning by RSLAD: 10 test images" in distilled
+    assert "| L2, uniform, RSLAD | 100.0 | 30.0 | +0.0 (+0.0 to +0.0) | +10.0 (" in distilled
+    table = report.budget_table(comparison)
+    assert "| L2, uniform, RSLAD | 50.0 | 50.0 | 100.0 / 30.0 | +10.0 (" in table
+    assert "| **mrpf, RSLAD** | 50.0 | 50.0 | 100.0 / 40.0 |  |" in table
+
+
+def test_another_objective_is_not_tried_without_fine_tuning() -> None:
+    assert run.points_of("mrpf, RSLAD", (0, 1, 2), None) == [1, 2]
+    assert run.points_of("mrpf", (0, 1, 2), None) == [0, 1, 2]
+    assert run.points_of("mrpf", (0, 1, 2), ("L2, uniform",)) == [0]
 
 
 def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:
