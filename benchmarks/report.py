@@ -233,13 +233,22 @@ def tables(found: Sequence[Comparison]) -> str:
 def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
     """Ours beside the best of the others at each budget: right after pruning, and after the most of fine-tuning.
 
-    With `details`, each seed's difference and both sizes, too.
+    Of what is fine-tuned by one objective, the same points are shown as by another. With `details`, each seed's
+    difference and both sizes, too.
     """
     rows = []
-    for comparison, tuning in itertools.product(found, ("", *TUNINGS)):
-        ours, points = retuned(MAIN, tuning), [point for point in comparison.points() if float(point) or not tuning]
-        compared = [point for point in points if comparison.others(point, ours)]
-        rows += [summary_row(comparison, ours, point) for point in dict.fromkeys([*compared[:1], *compared[-1:]])]
+    for comparison in found:
+        compared = {
+            ours: [point for point in comparison.points() if comparison.others(point, ours)]
+            for ours in (retuned(MAIN, tuning) for tuning in ("", *TUNINGS))
+        }
+        ends = {point for points in compared.values() for point in (*points[:1], *points[-1:])}
+        rows += [
+            summary_row(comparison, ours, point)
+            for point in comparison.points()
+            for ours, points in compared.items()
+            if point in ends.intersection(points)
+        ]
     header = [
         "network, budget",
         "fine-tuning",
