@@ -2,8 +2,8 @@
 
 A contender takes a `Subject`, a `Budget` and the epochs of fine-tuning it may spend, and returns a new model. All see
 the same images. BatchNorm's means and variances are set on these, or means only, where layers made up for what they
-lost. Those that prune once are all fine-tuned in the same way. Faults of Torch-Pruning 1.6.1 are mended for the
-contenders that have them:
+lost. Those that prune once are all fine-tuned in the same way, or for as many passes by the objective that their name
+ends in. Faults of Torch-Pruning 1.6.1 are mended for the contenders that have them:
 
 - gradient-based criteria sort a group's indices in place, and misread groups of some channels (`sorted_copy`);
 - Hessian keeps the last sample's gradients only: it gets the mean of their squares over all samples;
