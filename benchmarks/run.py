@@ -412,6 +412,10 @@ def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tupl
     found = [(one, epochs) for one, epochs in found if epochs]
     if not found:
         raise InputError("budgets: the tier has no such budget, or no such epochs, for these networks; leave one out")
+    if not any(points_of(name, epochs, None) for name in tier.contenders for _, epochs in found):
+        raise InputError(
+            f"epochs: {', '.join(tier.contenders)} are other ways of fine-tuning; ask for some, or leave it out"
+        )
     return tier, found
 
 

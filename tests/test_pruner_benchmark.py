@@ -488,6 +488,10 @@ def test_another_objective_is_not_tried_without_fine_tuning() -> None:
     assert run.points_of("mrpf, RSLAD", (0, 1, 2), None) == [1, 2]
     assert run.points_of("mrpf", (0, 1, 2), None) == [0, 1, 2]
     assert run.points_of("mrpf", (0, 1, 2), ("L2, uniform",)) == [0]
+    wanted = {"networks": None, "budgets": None, "seeds": None, "jobs": 1, "more_images": 0, "autoattack": 0}
+    arguments = argparse.Namespace(**wanted, epochs=["0"], contenders=["mrpf, RSLAD"])
+    with pytest.raises(InputError, match=r"^epochs: mrpf, RSLAD are other ways of fine-tuning; ask for some"):
+        run.selected(run.TIERS["smoke"], arguments)
 
 
 def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:

@@ -213,7 +213,7 @@ def resolve(objective: str | Objective) -> Recipe:
     if name not in OBJECTIVES:
         raise InputError(
             f"objective: expected one of {', '.join(OBJECTIVES)}, one of these with -awp (such as trades-awp), or "
-            f"{_FORM}, got {objective!r}"
+            f"{_FORM}, such as tp_mrs.objectives.rslad(teacher), got {objective!r}"
         )
     recipe = OBJECTIVES[name]
     return recipe if name == objective else recipe._replace(objective=awp(recipe.objective))
