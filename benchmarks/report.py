@@ -44,6 +44,9 @@ COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
 """What cells may have beside their curves → the attack to compare by."""
 
+MAINS = tuple(retuned(MAIN, tuning) for tuning in ("", *TUNINGS))
+"""Ours, by each way of fine-tuning: others are compared with the one that is fine-tuned alike."""
+
 WHOLE = "MRS allocate"
 PARTS = (*ABLATIONS, *(name for name in OURS if name.startswith(f"{WHOLE} + ")))
 """Of these, the variants of `WHOLE`: with other scores of groups, another alpha, or another base."""
@@ -238,10 +241,7 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
     """
     rows = []
     for comparison in found:
-        compared = {
-            ours: [point for point in comparison.points() if comparison.others(point, ours)]
-            for ours in (retuned(MAIN, tuning) for tuning in ("", *TUNINGS))
-        }
+        compared = {ours: [point for point in comparison.points() if comparison.others(point, ours)] for ours in MAINS}
         ends = {point for points in compared.values() for point in (*points[:1], *points[-1:])}
         rows += [
             summary_row(comparison, ours, point)
@@ -282,7 +282,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
         str(len(seeds)),
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
         accuracies(ours),
-        accuracies(beside) if beside in comparison.alike(point, ours) else "",
+        accuracies(beside) if beside in comparison.common(point, ours) else "",
         f"{accuracies(others[0])} ({tuning_of(others[0])[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
         signed([comparison.only([seed]).lead(others[0], point, ours)[0] for seed in seeds]),
@@ -374,13 +374,13 @@ def again(comparison: Comparison, measure: str) -> str:
     }
     dense = {seed: cell[measure]["0"] for seed, cell in comparison.dense.items() if measure in cell}
     found = replace(comparison, cells=cells, dense=dense)
-    by_tuning = itertools.product(found.points(), ("", *TUNINGS))
-    return "\n\n".join(filter(None, (again_at(found, point, tuning, SECOND[measure]) for point, tuning in by_tuning)))
+    at = itertools.product(found.points(), MAINS)
+    return "\n\n".join(filter(None, (again_at(found, point, ours, SECOND[measure]) for point, ours in at)))
 
 
-def again_at(found: Comparison, point: str, tuning: str, attack: str) -> str:
+def again_at(found: Comparison, point: str, ours: str, attack: str) -> str:
     """A table by this attack; nothing where there is none to compare with."""
-    ours = retuned(MAIN, tuning)
+    tuning = tuning_of(ours)[1]
     names, seeds = found.alike(point, ours), found.seeds(ours, point)
     if len(names) < 2:
         return ""

@@ -39,6 +39,7 @@ from benchmarks.contenders import (
     Budget,
     Contender,
     Subject,
+    retuned,
 )
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
@@ -119,7 +120,7 @@ LEADING = (
     "GroupNormPruner",
     "mrpf",
     "mrpf, 2 rounds",
-    *(f"{name}, {tuning}" for tuning in TUNINGS for name in ("L2, uniform", "mrpf")),
+    *(retuned(name, tuning) for tuning in TUNINGS for name in ("L2, uniform", "mrpf")),
     "MRS allocate",
     "MRSImportance, global",
     "L2, uniform, compensated",
