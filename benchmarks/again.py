@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS, Budget
 from benchmarks.report import ATTACK, SECOND, read_cell, right
-from benchmarks.run import CELLS, MORE, Work, do, in_processes, path_of
+from benchmarks.run import CELLS, MORE, do, in_processes, path_of
+from benchmarks.tiers import Work
 from tp_mrs.errors import InputError, check_choice, check_count
 from tp_mrs.files import check_output_folder
 

@@ -573,6 +573,19 @@ MAGNITUDES: dict[str, Callable[[], Any]] = {
 }
 GRADIENTS: dict[str, Callable[[str], Make]] = {"Taylor": taylor, "Hessian": hessian, "OBD-C": obdc}
 
+REGULARISED: dict[str, Once] = {
+    "BNScalePruner": Once(
+        by_ratio(
+            plain(tp.importance.BNScaleImportance),
+            "global",
+            regularised(tp.pruner.BNScalePruner, tp.importance.BNScaleImportance),
+        )
+    ),
+    "GroupNormPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GroupNormPruner, L2))),
+    "GrowingRegPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GrowingRegPruner, L2))),
+}
+"""What Torch-Pruning prunes after training: by an epoch of that, which no other contender gets."""
+
 OTHERS: dict[str, Once] = {
     "random, uniform": Once(by_ratio(plain(tp.importance.RandomImportance), "uniform")),
     **{
@@ -587,15 +600,7 @@ OTHERS: dict[str, Once] = {
         for kind in ("adversarial", "clean")
         for scope in SCOPES
     },
-    "BNScalePruner": Once(
-        by_ratio(
-            plain(tp.importance.BNScaleImportance),
-            "global",
-            regularised(tp.pruner.BNScalePruner, tp.importance.BNScaleImportance),
-        )
-    ),
-    "GroupNormPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GroupNormPruner, L2))),
-    "GrowingRegPruner": Once(by_ratio(plain(L2), "global", regularised(tp.pruner.GrowingRegPruner, L2))),
+    **REGULARISED,
     "prune and measure, L2": Once(allocated(plain(L2), tried)),
 }
 

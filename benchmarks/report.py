@@ -33,8 +33,9 @@ from benchmarks.contenders import (
     retuned,
     tuning_of,
 )
-from benchmarks.run import CELLS, FORMAT, MORE, Work, path_of
+from benchmarks.run import CELLS, FORMAT, MORE, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
+from benchmarks.tiers import Work
 from tp_mrs.errors import InputError
 from tp_mrs.files import check_output_folder, read_json, write_bytes
 from tp_mrs.plotting import BLUE, GREEN, ORANGE

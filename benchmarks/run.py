@@ -19,13 +19,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,15 +34,12 @@ from benchmarks.contenders import (
     CALIBRATION_IMAGES,
     CONTENDERS,
     CRITERION_ATTACK,
-    RETUNED,
-    TUNINGS,
-    Budget,
     Contender,
     Subject,
-    retuned,
 )
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
+from benchmarks.tiers import TIERS, Part, Work, points_of
 from tp_mrs import evaluate
 from tp_mrs.allocation import amount
 from tp_mrs.architectures import LAYERS
@@ -58,105 +55,6 @@ MORE = "more images"
 
 PruneAndTune = Callable[[float], nn.Module]  # for so many epochs
 Assess = Callable[[nn.Module], dict[str, Any]]
-
-
-class Work(NamedTuple):
-    """One dense network to prune to one budget."""
-
-    data: str
-    network: str
-    budget: Budget
-    seed: int
-
-
-@dataclass(frozen=True)
-class Tier:
-    """What to run: in this order, seeds first, so that the first results come early.
-
-    Attributes:
-        grid: data and network → budgets → epochs of fine-tuning (0: none).
-        contenders: by name.
-        finetuned: those of them that are fine-tuned.
-        attacks: to evaluate with.
-        more_images: on how many test images to evaluate a second time, for narrower intervals.
-        autoattack: on how many test images to try that, too.
-    """
-
-    grid: Mapping[tuple[str, str], Mapping[Budget, Sequence[float]]]
-    seeds: Sequence[int] = (0, 1, 2)
-    contenders: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
-    finetuned: Sequence[str] = field(default_factory=lambda: list(CONTENDERS))
-    test_images: int = 500
-    attacks: Sequence[str] = ("pgd-20",)
-    more_images: int = 0
-    autoattack: int = 0
-
-    def work(self) -> Iterator[tuple[Work, Sequence[float]]]:
-        for seed in self.seeds:
-            for (data, network), budgets in self.grid.items():
-                for budget, epochs in budgets.items():
-                    yield Work(data, network, budget, seed), epochs
-
-
-def budgets(macs: Mapping[float, Sequence[float]], params: Mapping[float, Sequence[float]]) -> dict[Budget, Any]:
-    return {
-        Budget(name, target): epochs
-        for name, of in (("macs", macs), ("params", params))
-        for target, epochs in of.items()
-    }
-
-
-CURVE = (0, 0.25, 1, 4)
-LEADING = (
-    "L1, uniform",
-    "L2, uniform",
-    "L2, global",
-    "L2, isomorphic",
-    "FPGM, uniform",
-    "BN scale, global",
-    "BN scale, isomorphic",
-    "Taylor (adversarial), global",
-    "Hessian (adversarial), global",
-    "GroupNormPruner",
-    "mrpf",
-    "mrpf, 2 rounds",
-    *(retuned(name, tuning) for tuning in TUNINGS for name in ("L2, uniform", "mrpf")),
-    "MRS allocate",
-    "MRSImportance, global",
-    "L2, uniform, compensated",
-    "without allocation: α = 0",
-)
-"""Fine-tuning takes most of the time: not every one of `CONTENDERS` gets it."""
-
-TIERS = {
-    "smoke": Tier(
-        {("digits", "narrowest resnet18"): budgets({0.5: (0, 1)}, {})},
-        seeds=(0,),
-        contenders=("random, uniform", "L2, uniform", "Taylor (adversarial), global", "mrpf"),
-        test_images=100,
-    ),
-    "cpu": Tier(
-        {
-            ("cifar10", "resnet18"): budgets(
-                {0.6: (0,), 0.5: (0, 0.02, 0.05, 0.1, 0.25, 1), 0.25: (0, 0.25, 2)}, {0.5: (0,)}
-            ),
-            ("digits", "narrow resnet18"): budgets({0.25: CURVE, 0.5: CURVE, 0.75: (0,), 0.1: CURVE}, {0.25: (0,)}),
-            ("digits", "vgg11_bn"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
-            ("digits", "mobilevit_xxs"): budgets({0.5: (0, 1), 0.25: (0, 1)}, {0.25: (0,)}),
-        },
-        finetuned=LEADING,
-    ),
-    "gpu": Tier(
-        {
-            network: budgets({0.5: (0, 1, 5), 0.25: (5,)}, {0.25: (5,), 0.1: (5,)})
-            for network in NETWORKS
-            if network[1].startswith("full ")
-        },
-        contenders=LEADING,
-        test_images=1000,
-        attacks=("pgd-20", "autoattack"),
-    ),
-}
 
 
 # --- a cell ----------------------------------------------------------------------------------------------------------
@@ -252,7 +150,6 @@ def do(
     folder: Path,
     data_dir: str | None = None,
     *,
-    finetuned: Container[str] | None = None,
     test_images: int = 500,
     attacks: Sequence[str] = ("pgd-20",),
     more_images: int = 0,
@@ -266,7 +163,6 @@ def do(
         contenders: by name, those of `CONTENDERS` and your own.
         folder: for the cells; `report.comparisons` reads them.
         data_dir: folder with the data sets; digits need none.
-        finetuned: names of contenders to fine-tune; all if None.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
         more_images: evaluate a second time, on so many test images: those, and others.
@@ -292,21 +188,21 @@ def do(
             dense.add(**{measure: {"0": {**assessed(copy.deepcopy(subject.model)), **provenance()}}})
     for name, contender in contenders.items():
         cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
-        for point in points_of(name, epochs, finetuned):
-            missing = {key: of for key, of in measures.items() if f"{point:g}" not in cell.content.get(key, {})}
-            if missing and "failed" not in cell.content:
+        for point in points_of(name, epochs):
+            missing = lacking(cell.content, point, measures)
+            if missing:
                 start = time.perf_counter()
-                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), missing)
+                wanted = {measure: measures[measure] for measure in missing}
+                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), wanted)
                 seconds = time.perf_counter() - start
                 budget = f"{work.budget.measure} {work.budget.target:.0%}"
                 where = f"{work.data}/{work.network} {budget} seed {work.seed}"
                 print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
-def points_of(name: str, epochs: Sequence[float], finetuned: Container[str] | None) -> list[float]:
-    """Those that this contender is wanted at: without fine-tuning, another objective is nothing else."""
-    tuned = finetuned is None or name in finetuned
-    return [point for point in epochs if (tuned if point else name not in RETUNED)]
+def lacking(content: Mapping[str, Any], point: float, measures: Iterable[str]) -> list[str]:
+    """Those of the measures that a cell has no results by, unless its contender cannot meet the budget."""
+    return [measure for measure in measures if "failed" not in content and f"{point:g}" not in content.get(measure, {})]
 
 
 def fill_in(cell: Cell, point: float, subject: Subject, prune: PruneAndTune, measures: Mapping[str, Assess]) -> str:
@@ -339,21 +235,22 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
     return found
 
 
-def _do_named(work: Work, epochs: Sequence[float], tier: Tier, folder: Path, data_dir: str | None) -> None:
+def _do_parts(parts: Sequence[Part], seed: int, folder: Path, data_dir: str | None) -> None:
     """`do` in another process, which names reach, and functions don't."""
-    contenders = {name: CONTENDERS[name] for name in tier.contenders}
-    do(
-        work,
-        epochs,
-        contenders,
-        folder,
-        data_dir,
-        finetuned=tier.finetuned,
-        test_images=tier.test_images,
-        attacks=tier.attacks,
-        more_images=tier.more_images,
-        autoattack=tier.autoattack,
-    )
+    for part in parts:
+        contenders = {name: CONTENDERS[name] for name in part.contenders}
+        for work in part.work(seed):
+            do(
+                work,
+                part.epochs,
+                contenders,
+                folder,
+                data_dir,
+                test_images=part.test_images,
+                attacks=part.attacks,
+                more_images=part.more_images,
+                autoattack=part.autoattack,
+            )
 
 
 def in_processes(tasks: Iterable[Callable[[], None]], jobs: int) -> bool:
@@ -383,8 +280,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tuple[Work, Sequence[float]]]]:
-    """The part of a tier that was asked for.
+def selected(tier: Sequence[Part], arguments: argparse.Namespace) -> list[Part]:
+    """What was asked for of a tier.
 
     Raises:
         InputError: it is none of the tier's.
@@ -393,31 +290,61 @@ def selected(tier: Tier, arguments: argparse.Namespace) -> tuple[Tier, list[tupl
         check_count(name, getattr(arguments, name), low=low)
     for seed in arguments.seeds or ():
         check_seed(seed)
-    work = list(tier.work())
-    networks = ["/".join(name) for name in tier.grid]
-    budgets = dict.fromkeys(one.budget.text for one, _ in work)
-    points = dict.fromkeys(f"{point:g}" for _, epochs in work for point in epochs)
-    for name, there in (("networks", networks), ("budgets", budgets), ("epochs", points)):
-        for wanted in getattr(arguments, name) or ():
-            check_choice(name, wanted, there)
-    also = {"more_images": arguments.more_images, "autoattack": arguments.autoattack}
-    tier = replace(tier, seeds=arguments.seeds or tier.seeds, **also)
-    if arguments.contenders:
-        tier = replace(tier, contenders=arguments.contenders, finetuned=arguments.contenders)
-    found: list[tuple[Work, Sequence[float]]] = [
-        (one, [point for point in epochs if f"{point:g}" in (arguments.epochs or points)])
-        for one, epochs in tier.work()
-        if f"{one.data}/{one.network}" in (arguments.networks or networks)
-        and one.budget.text in (arguments.budgets or budgets)
-    ]
-    found = [(one, epochs) for one, epochs in found if epochs]
-    if not found:
-        raise InputError("budgets: the tier has no such budget, or no such epochs, for these networks; leave one out")
-    if not any(points_of(name, epochs, None) for name in tier.contenders for _, epochs in found):
-        raise InputError(
-            f"epochs: {', '.join(tier.contenders)} are other ways of fine-tuning; ask for some, or leave it out"
+    there = {
+        "networks": ["/".join(part.subject) for part in tier],
+        "budgets": [budget.text for part in tier for budget in part.budgets],
+        "epochs": [f"{point:g}" for part in tier for point in part.epochs],
+    }
+    wanted = {name: getattr(arguments, name) or of for name, of in there.items()}
+    for name, of in there.items():
+        for value in wanted[name]:
+            check_choice(name, value, list(dict.fromkeys(of)))
+    instead = ("seeds", "contenders", "more_images", "autoattack")
+    changes = {name: getattr(arguments, name) for name in instead if getattr(arguments, name)}
+    parts = [
+        replace(
+            part,
+            budgets=[budget for budget in part.budgets if budget.text in wanted["budgets"]],
+            epochs=[point for point in part.epochs if f"{point:g}" in wanted["epochs"]],
+            **changes,
         )
-    return tier, found
+        for part in tier
+        if "/".join(part.subject) in wanted["networks"]
+    ]
+    parts = [part for part in parts if part.budgets and part.epochs]
+    if not parts:
+        raise InputError("budgets: the tier has no such budget, or no such epochs, for these networks; leave one out")
+    if not any(True for part in parts for _ in part.points()):
+        raise InputError(
+            f"epochs: {', '.join(parts[0].contenders)} are other ways of fine-tuning; ask for some, or leave it out"
+        )
+    return parts
+
+
+def to_do(parts: Sequence[Part], folder: Path) -> dict[tuple[Work, str, float, str], bool]:
+    """Each point and measure of the parts → whether it is missing."""
+    found = {}
+    for part in parts:
+        also = {MORE: part.more_images, "autoattack": part.autoattack}
+        for work, name, point in part.points():
+            path = path_of(folder, work, name)
+            try:
+                content = read_json(path, FORMAT) if path.exists() else {}
+            except InputError:  # `do` says what is wrong with it
+                content = {}
+            for measure in ("curve", *(measure for measure, images in also.items() if images)):
+                found[work, name, point, measure] = bool(lacking(content, point, [measure]))
+    return found
+
+
+def tasks(parts: Sequence[Part]) -> dict[tuple[int, tuple[str, str]], list[Part]]:
+    """Seed and network → its parts, for one process, which trains the dense network if need be. In order of seeds."""
+    found: dict[tuple[int, tuple[str, str]], list[Part]] = {}
+    for seed in sorted({seed for part in parts for seed in part.seeds}):
+        for part in parts:
+            if seed in part.seeds:
+                found.setdefault((seed, part.subject), []).append(part)
+    return found
 
 
 def main() -> None:
@@ -435,16 +362,18 @@ def main() -> None:
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     try:
-        tier, work = selected(TIERS[arguments.tier], arguments)
+        parts = selected(TIERS[arguments.tier], arguments)
         check_output_folder(arguments.out)
     except InputError as error:
         parser.error(str(error))
-    there = at_hand({one.data for one, _ in work}, arguments.data_dir)
-    work = [(one, epochs) for one, epochs in work if one.data in there]
-    if not work:
+    there = at_hand({part.subject[0] for part in parts}, arguments.data_dir)
+    parts = [part for part in parts if part.subject[0] in there]
+    if not parts:
         parser.error("data-dir: nothing of this tier is left to run; all but digits need it")
-    tasks = [partial(_do_named, one, epochs, tier, arguments.out, arguments.data_dir) for one, epochs in work]
-    sys.exit(0 if in_processes(tasks, arguments.jobs) else 1)
+    missing = to_do(parts, arguments.out)
+    print(f"{len(missing)} points, of which {sum(missing.values())} are missing", flush=True)
+    todo = [partial(_do_parts, of, seed, arguments.out, arguments.data_dir) for (seed, _), of in tasks(parts).items()]
+    sys.exit(0 if in_processes(todo, arguments.jobs) else 1)
 
 
 if __name__ == "__main__":

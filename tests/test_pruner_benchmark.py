@@ -19,6 +19,8 @@ from torch import nn
 from benchmarks import again, report, run
 from benchmarks import contenders as roster
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Regularised, Subject, allocated, plain
+from benchmarks.networks import NETWORKS
+from benchmarks.tiers import TIERS, Part, Work, points_of
 from tp_mrs.allocation import amount
 from tp_mrs.data import load_data
 from tp_mrs.errors import InputError
@@ -173,7 +175,7 @@ def test_scores_of_your_own(subject: Subject) -> None:
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
-WORK = run.Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
+WORK = Work("digits", "narrowest resnet18", Budget("macs", 0.5), 0)
 FEW = {name: CONTENDERS[name] for name in ("random, uniform", "L2, uniform", MAIN)}
 
 
@@ -278,17 +280,54 @@ def test_options_that_the_tier_does_not_have(
     assert not any(tmp_path.rglob("*.json"))
 
 
+def asked_for(**wanted: Any) -> argparse.Namespace:
+    """Options of a run."""
+    nothing = dict.fromkeys(("networks", "budgets", "epochs", "seeds", "contenders"))
+    return argparse.Namespace(**{"jobs": 1, "more_images": 0, "autoattack": 0, **nothing, **wanted})
+
+
 def test_a_part_of_a_tier_is_its_budgets_with_the_epochs_asked_for() -> None:
-    wanted = {"networks": ["digits/vgg11_bn"], "budgets": None, "epochs": ["1"], "seeds": [5], "contenders": [MAIN]}
-    tier, work = run.selected(run.TIERS["cpu"], argparse.Namespace(jobs=1, more_images=7, autoattack=3, **wanted))
-    assert (tier.seeds, tier.more_images, tier.autoattack, tier.contenders) == ([5], 7, 3, [MAIN])
-    assert [(one.budget.text, list(epochs)) for one, epochs in work] == [("macs-50", [1]), ("macs-25", [1])]
+    tier = [
+        Part(("digits", "vgg11_bn"), [Budget("macs", 0.5), Budget("macs", 0.25)], ["L2, uniform"], (0, 1)),
+        Part(("digits", "vgg11_bn"), [Budget("macs", 0.75)], ["L2, uniform"], (0,)),
+        Part(("digits", "resnet18"), [Budget("macs", 0.5)], ["L2, uniform"], (1,)),
+    ]
+    wanted = asked_for(networks=["digits/vgg11_bn"], epochs=["1"], seeds=[5], contenders=[MAIN], more_images=7)
+    (part,) = run.selected(tier, wanted)
+    assert part.more_images == 7
+    assert list(part.points()) == [
+        (Work("digits", "vgg11_bn", budget, 5), MAIN, 1) for budget in (Budget("macs", 0.5), Budget("macs", 0.25))
+    ]
 
 
-def test_only_those_named_are_finetuned(cells: Path) -> None:
-    run.do(WORK, (0, 0.02), FEW, cells, test_images=20, finetuned=(MAIN,))
-    curves = {name: list(read_json(run.path_of(cells, WORK, name), run.FORMAT)["curve"]) for name in FEW}
-    assert curves == {name: ["0", "0.02"] if name == MAIN else ["0"] for name in FEW}
+def test_a_network_of_one_seed_is_the_task_of_one_process() -> None:
+    """Which trains the dense one if it is not there."""
+    one, other = (Part(("digits", name), [Budget("macs", 0.5)], [MAIN]) for name in ("vgg11_bn", "resnet18"))
+    again = Part(("digits", "vgg11_bn"), [Budget("macs", 0.25)], [MAIN], seeds=(1,))
+    assert run.tasks([one, other, again]) == {
+        (0, one.subject): [one],
+        (0, other.subject): [other],
+        (1, one.subject): [one, again],
+        (1, other.subject): [other],
+        (2, one.subject): [one],
+        (2, other.subject): [other],
+    }
+
+
+def test_what_is_missing_of_a_part(cells: Path) -> None:
+    part = Part(WORK[:2], [WORK.budget], [*FEW, "L2, global"], (0, 1), seeds=(0,), more_images=30)
+    found = run.to_do([part, part], cells)
+    assert len(found) == 2 * len(FEW) * 2 + 4
+    there = [key for key, missing in found.items() if not missing]
+    assert there == [(WORK, name, 0, "curve") for name in FEW]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tiers_name_what_there_is(tier: str) -> None:
+    for part in TIERS[tier]:
+        assert part.subject in NETWORKS
+        assert set(part.contenders) <= set(CONTENDERS)
+        assert len(set(part.contenders)) == len(part.contenders)
 
 
 def test_a_contender_that_cannot_meet_the_budget_is_reported(
@@ -485,13 +524,10 @@ def test_what_is_fine_tuned_alike_is_compared() -> None:
 
 
 def test_another_objective_is_not_tried_without_fine_tuning() -> None:
-    assert run.points_of("mrpf, RSLAD", (0, 1, 2), None) == [1, 2]
-    assert run.points_of("mrpf", (0, 1, 2), None) == [0, 1, 2]
-    assert run.points_of("mrpf", (0, 1, 2), ("L2, uniform",)) == [0]
-    wanted = {"networks": None, "budgets": None, "seeds": None, "jobs": 1, "more_images": 0, "autoattack": 0}
-    arguments = argparse.Namespace(**wanted, epochs=["0"], contenders=["mrpf, RSLAD"])
+    assert points_of("mrpf, RSLAD", (0, 1, 2)) == [1, 2]
+    assert points_of("mrpf", (0, 1, 2)) == [0, 1, 2]
     with pytest.raises(InputError, match=r"^epochs: mrpf, RSLAD are other ways of fine-tuning; ask for some"):
-        run.selected(run.TIERS["smoke"], arguments)
+        run.selected(TIERS["smoke"], asked_for(epochs=["0"], contenders=["mrpf, RSLAD"]))
 
 
 def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:

@@ -29,7 +29,8 @@ from benchmarks.contenders import (
     sensitivity,
     with_gradients,
 )
-from benchmarks.run import Work, do
+from benchmarks.run import do
+from benchmarks.tiers import Work
 from tp_mrs.data import load_data, make_loader
 from tp_mrs.objectives import Perturb
 
