@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS, Budget
 from benchmarks.report import ATTACK, SECOND, read_cell, right
-from benchmarks.run import CELLS, MORE, do, in_processes, path_of
+from benchmarks.run import CELLS, MORE, at_hand, do, in_processes, path_of
 from benchmarks.tiers import Work
-from tp_mrs.errors import InputError, check_choice, check_count
+from tp_mrs.errors import InputError, check_choice, check_count, check_seed
 from tp_mrs.files import check_output_folder
 
 OPTIONS = {MORE: "more_images", "autoattack": "autoattack"}
@@ -65,15 +65,25 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", metavar="DATA/NAME", help="only these")
     parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="only these")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these")
     arguments = parser.parse_args()
     try:
         check_count("jobs", arguments.jobs)
+        for seed in arguments.seeds or ():
+            check_seed(seed)
+        for name in arguments.contenders or ():
+            check_choice("contenders", name, CONTENDERS)
         if check_output_folder(arguments.out).resolve() == arguments.cells.resolve():
             raise InputError("out: it is the folder of the old cells, which are not made again; choose another one")
         paths = [path for path in sorted(arguments.cells.glob("*/*/*.json")) if chosen(path, arguments)]
         if not paths:
             raise InputError(f"cells: {arguments.cells} has none of these")
+        there = at_hand({read_cell(path)["data"] for path in paths}, arguments.data_dir)
+        paths = [path for path in paths if read_cell(path)["data"] in there]
+        if not paths:
+            raise InputError(
+                "data-dir: for the reasons above nothing is left to make; all data sets but digits need it"
+            )
     except InputError as error:
         parser.error(str(error))
     tasks = [partial(again, path, arguments.out, arguments.data_dir) for path in paths]

@@ -45,6 +45,8 @@ COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
 SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
 """What cells may have beside their curves → the attack to compare by."""
 
+MEASURES = ("curve", *SECOND)
+
 MAINS = tuple(retuned(MAIN, tuning) for tuning in ("", *TUNINGS))
 """Ours, by each way of fine-tuning: others are compared with the one that is fine-tuned alike."""
 
@@ -208,11 +210,26 @@ def comparisons(folder: Path) -> list[Comparison]:
 
 
 def read_cell(path: Path) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+        InputError: it is no whole cell, or says other accuracies than its outcomes.
+    """
     cell = read_json(path, FORMAT)
     of_contenders = () if path.name.startswith("dense-") else ("contender", "budget")
     missing = [name for name in ("data", "network", "seed", "settings", *of_contenders) if name not in cell]
     if missing:
         raise InputError(f"cells: {path} has no {missing[0]}; remove it, and run again")
+    if of_contenders and not any(name in cell for name in ("failed", *MEASURES)):
+        raise InputError(f"cells: {path} has no results; remove it, and run again")
+    for measure in MEASURES:
+        for point, found in cell.get(measure, {}).items():
+            for attack in found["outcomes"]:
+                if not math.isclose(found[attack], right(cell, point, attack, measure).mean(), abs_tol=1e-6):
+                    raise InputError(
+                        f"cells: {path} says another accuracy than its outcomes ({measure}, {point}, {attack}); "
+                        "remove it, and run again"
+                    )
     return cell
 
 
@@ -254,7 +271,7 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
         "network, budget",
         "fine-tuning",
         "seeds",
-        "dense: PGD-20 / clean",
+        "dense: clean / PGD-20",
         MAIN,
         BESIDE,
         "best other, of how many",
@@ -272,7 +289,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     beside = retuned(BESIDE, tuning)
 
     def accuracies(name: str) -> str:
-        return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in (ATTACK, "clean"))
+        return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in ("clean", ATTACK))
 
     def sizes(name: str) -> str:
         return " / ".join(f"{comparison.size(name, measure, seeds):.1f}" for measure in ("macs", "params"))
@@ -281,7 +298,7 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
         f"{comparison.key.subject}, {comparison.key}",
         f"{epochs_text(point)}, {tuning}" if tuning else epochs_text(point),
         str(len(seeds)),
-        " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in (ATTACK, "clean")),
+        " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in ("clean", ATTACK)),
         accuracies(ours),
         accuracies(beside) if beside in comparison.common(point, ours) else "",
         f"{accuracies(others[0])} ({tuning_of(others[0])[0]}; {len(others)})",

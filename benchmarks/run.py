@@ -224,7 +224,11 @@ def fill_in(cell: Cell, point: float, subject: Subject, prune: PruneAndTune, mea
 
 
 def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
-    """Which of these data sets can be loaded; says why the others are left out."""
+    """Which of these data sets can be loaded; says why the others are left out.
+
+    Raises:
+        InputError: it is none of them.
+    """
     found = set()
     for name in sorted(names):
         try:
@@ -232,6 +236,8 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
             found.add(name)
         except InputError as error:
             print(f"{name} is left out: {error}", flush=True)
+    if not found:
+        raise InputError("data-dir: for the reasons above nothing is left to do; all data sets but digits need it")
     return found
 
 
@@ -290,6 +296,8 @@ def selected(tier: Sequence[Part], arguments: argparse.Namespace) -> list[Part]:
         check_count(name, getattr(arguments, name), low=low)
     for seed in arguments.seeds or ():
         check_seed(seed)
+    for name in arguments.contenders or ():
+        check_choice("contenders", name, CONTENDERS)
     there = {
         "networks": ["/".join(part.subject) for part in tier],
         "budgets": [budget.text for part in tier for budget in part.budgets],
@@ -357,19 +365,17 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these of the tier")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
     parser.add_argument("--epochs", nargs="+", help="only these of the tier")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="instead of the tier's")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="instead of the tier's")
     parser.add_argument("--more-images", type=int, default=0, metavar="IMAGES", help="evaluate on so many, too")
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     try:
         parts = selected(TIERS[arguments.tier], arguments)
         check_output_folder(arguments.out)
+        there = at_hand({part.subject[0] for part in parts}, arguments.data_dir)
     except InputError as error:
         parser.error(str(error))
-    there = at_hand({part.subject[0] for part in parts}, arguments.data_dir)
     parts = [part for part in parts if part.subject[0] in there]
-    if not parts:
-        parser.error("data-dir: nothing of this tier is left to run; all but digits need it")
     missing = to_do(parts, arguments.out)
     print(f"{len(missing)} points, of which {sum(missing.values())} are missing", flush=True)
     todo = [partial(_do_parts, of, seed, arguments.out, arguments.data_dir) for (seed, _), of in tasks(parts).items()]

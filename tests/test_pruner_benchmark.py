@@ -262,6 +262,7 @@ def test_two_runs_at_once_lose_nothing(tmp_path: Path) -> None:
         (["--epochs", "7"], "epochs: expected one of 0, 1"),
         (["--budgets", "macs-50", "50"], "budgets: expected one of macs-50"),
         (["--networks", "digits/typo"], "networks: expected one of digits/narrowest resnet18"),
+        (["--contenders", "L2 uniform"], "contenders: expected one of L2, uniform"),
         (["--out", __file__], "out: cannot write to"),
     ],
 )
@@ -401,6 +402,7 @@ def test_made_again_cells_are_compared_image_by_image(
     cell = json.loads(path.read_text())
     outcomes = cell["curve"]["0"]["outcomes"]
     outcomes["pgd-20"] = f"{int(outcomes['pgd-20'][0], 16) ^ 8:x}{outcomes['pgd-20'][1:]}"
+    cell["curve"]["0"]["pgd-20"] = report.right(cell, "0").mean()
     path.write_text(json.dumps(cell))
     again.again(path, folder, None)
     differing = [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()]
@@ -432,6 +434,12 @@ def test_the_report_refuses_cells_that_do_not_fit(cells: Path, tmp_path_factory:
     write_json(path, {name: value for name, value in content.items() if name != "budget"})
     with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json has no budget; remove it"):
         report.comparisons(cells)
+    write_json(path, {name: value for name, value in content.items() if name != "curve"})
+    with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json has no results; remove it"):
+        report.comparisons(cells)
+    write_json(path, {**content, "curve": {"0": {**content["curve"]["0"], "clean": 2.0}}})
+    with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json says another .* \(curve, 0, clean\); remove it"):
+        report.comparisons(cells)
     write_json(path, {**content, "settings": {**content["settings"], "test_images": 30}})
     with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json and its dense-0.json were not made by the same"):
         report.comparisons(cells)
@@ -448,6 +456,41 @@ def test_committed_files_stay_where_other_cells_are_meant(
         with pytest.raises(SystemExit):
             main()
         assert "error: out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seeds", "-4"], "seed: expected an integer from 0"),
+        (["--contenders", "mprf"], "contenders: expected one of mrpf"),
+        (["--budgets", "macs-75"], "has none of these"),
+    ],
+)
+def test_options_that_no_cell_has(
+    option: list[str],
+    message: str,
+    cells: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["again", "--cells", str(cells), "--out", str(cells / "new"), *option])
+    with pytest.raises(SystemExit):
+        again.main()
+    assert message in capsys.readouterr().err
+
+
+def test_without_their_data_cells_are_not_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TP_MRS_DATA", raising=False)
+    for main, chosen in ((again.main, []), (run.main, ["--tier", "cpu"])):
+        arguments = ["--out", str(tmp_path), "--networks", "cifar10/resnet18", "--seeds", "0", *chosen]
+        monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        shown = capsys.readouterr()
+        assert "cifar10 is left out: " in shown.out
+        assert "error: data-dir: for the reasons above nothing is left to do" in shown.err
 
 
 def test_the_readme_files_show_the_committed_cells() -> None:
