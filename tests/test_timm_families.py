@@ -48,6 +48,8 @@ def test_families_do_what_the_table_says(family: str) -> None:
     row = recorded().get(family)
     if row is None:
         pytest.skip("not in the table; run python -m benchmarks.timm_coverage")
+    if "took more than" in str(row.get("reason")):
+        pytest.skip(f"{row['member']} {row['reason']}, and memory")
     again = timm_coverage.examine(str(row["member"]))
     assert {step: again.get(step) for step in timm_coverage.STEPS} == {
         step: row.get(step) for step in timm_coverage.STEPS
