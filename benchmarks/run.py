@@ -34,8 +34,10 @@ from benchmarks.contenders import (
     CALIBRATION_IMAGES,
     CONTENDERS,
     CRITERION_ATTACK,
+    TUNINGS,
     Contender,
     Subject,
+    tuning_of,
 )
 from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
@@ -46,6 +48,7 @@ from tp_mrs.architectures import LAYERS
 from tp_mrs.data import load_data, make_loader, random_subset
 from tp_mrs.errors import DivergenceError, InputError, check_choice, check_count, check_seed
 from tp_mrs.files import check_output_folder, read_json, write_json
+from tp_mrs.objectives import name_of
 from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.pruners/1"
@@ -89,7 +92,7 @@ class Cell:
         except InputError as error:
             raise InputError(f"out: {self.path} is damaged, remove it ({error})") from error
         differing = [name for name, value in self._head.items() if content.get(name) != value]
-        if differing == ["settings"]:
+        if differing and {"settings", "retuning"}.issuperset(differing):
             raise InputError(
                 f"out: {self.path} was made with other settings, or from another dense network; remove all of its "
                 "network and seed, or choose another folder"
@@ -124,6 +127,12 @@ def settings_of(work: Work, test_images: int) -> dict[str, Any]:
         "calibration_images": CALIBRATION_IMAGES,
         "test_images": test_images,
     }
+
+
+def retuning(name: str, subject: Subject) -> dict[str, Any]:
+    """What a contender's fine-tuning is told other than `FINETUNING` says, if anything."""
+    tuning = TUNINGS.get(tuning_of(name)[1])
+    return {"retuning": {key: name_of(value) for key, value in tuning.changes(subject).items()}} if tuning else {}
 
 
 def assess(model: nn.Module, subject: Subject, test_images: int, attacks: Sequence[str]) -> dict[str, Any]:
@@ -187,7 +196,8 @@ def do(
         if measure != "curve" and measure not in dense.content:
             dense.add(**{measure: {"0": {**assessed(copy.deepcopy(subject.model)), **provenance()}}})
     for name, contender in contenders.items():
-        cell = Cell(path_of(folder, work, name), {**head, "contender": name, "budget": work.budget}, settings)
+        about = {**head, "contender": name, "budget": work.budget, **retuning(name, subject)}
+        cell = Cell(path_of(folder, work, name), about, settings)
         for point in points_of(name, epochs):
             missing = lacking(cell.content, point, measures)
             if missing:

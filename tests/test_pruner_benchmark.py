@@ -323,6 +323,19 @@ def test_what_is_missing_of_a_part(cells: Path) -> None:
     assert there == [(WORK, name, 0, "curve") for name in FEW]
 
 
+def test_a_cell_tells_what_it_was_fine_tuned_by(cells: Path) -> None:
+    name = "L2, uniform, RSLAD"
+    run.do(WORK, (0.02,), {name: CONTENDERS[name]}, cells, test_images=20)
+    path = run.path_of(cells, WORK, name)
+    found = read_json(path, run.FORMAT)
+    assert found["retuning"]["objective"].startswith("rslad(teacher=")
+    assert found["retuning"]["attack"] == "ffgsm"
+    assert "retuning" not in read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)
+    write_json(path, {**found, "retuning": {"objective": "mart"}})
+    with pytest.raises(InputError, match=r"^out: .*-rslad-0.json was made with other settings"):
+        run.do(WORK, (0.02,), {name: CONTENDERS[name]}, cells, test_images=20)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_tiers_name_what_there_is(tier: str) -> None:
     for part in TIERS[tier]:
