@@ -105,16 +105,22 @@ LEADING = [
     BESIDE,
     MAIN,
 ]
+"""At every budget."""
 
 AT_ONCE = [
     *LEADING,
     *(name for name in CONTENDERS if name not in {*LEADING, *REGULARISED, *RETUNED, *ROUNDED, "mrpf, 2 rounds"}),
 ]
+"""All that prune the network as it is, once."""
+
 HELD_OUT = [name for name in AT_ONCE if name in LEADING or name not in OTHERS]
+"""On seeds that nothing was chosen by."""
 
 CURVES = ["L2, uniform", "L2, global", "FPGM, uniform", "FPGM, global", "Taylor (adversarial), global", MAIN]
+"""Over the first quarter of an epoch."""
 
 TUNED = ["L2, uniform", BESIDE, MAIN]
+"""For longer."""
 
 CIFAR10, DIGITS = ("cifar10", "resnet18"), ("digits", "narrow resnet18")
 VGG, MOBILEVIT = ("digits", "vgg11_bn"), ("digits", "mobilevit_xxs")
@@ -137,7 +143,8 @@ TIERS: dict[str, list[Part]] = {
         Part(DIGITS, macs(0.25), AT_ONCE),
         Part(CIFAR10, [*macs(0.5, 0.25), *params(0.5)], LEADING),
         Part(DIGITS, [*macs(0.75, 0.5, 0.1), *params(0.25)], LEADING),
-        Part(VGG, macs(0.5, 0.25), LEADING),
+        Part(CIFAR10, macs(0.5, 0.25), ["L2, isomorphic", "BN scale, uniform", "Taylor (clean), global"]),
+        Part(VGG, macs(0.5, 0.25), [*LEADING, "BN scale, isomorphic"]),
         Part(MOBILEVIT, macs(0.5, 0.25), [*LEADING, "MRSImportance, global"]),
         Part(CIFAR10, macs(0.5, 0.25), [*SETTLED, *VARIANTS, "MRS allocate", "MRSImportance, global"]),
         Part(CIFAR10, macs(0.5), [*ROUNDED, "prune and measure, L2"]),
