@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks.contenders import (
     ABLATIONS,
     BESIDE,
+    COMPENSATED,
     CONTENDERS,
     MAIN,
     OTHERS,
@@ -519,8 +520,28 @@ SHOWN: dict[str, tuple[str, str]] = {
 }
 """Contender → colour (Okabe and Ito) and marker."""
 
+
+class Kind(NamedTuple):
+    """How contenders of one sort are drawn."""
+
+    text: str
+    colour: str
+    marker: str
+
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(OTHERS, Kind("others", GREY, "o")),
+    **dict.fromkeys(COMPENSATED, Kind("criteria with our compensation", ORANGE, "^")),
+    **dict.fromkeys(OURS, Kind("ours, without compensation", GREEN, "s")),
+    MAIN: Kind(MAIN, BLUE, "D"),
+}
+"""Of those that are drawn beside all others."""
+
 ROBUST = "PGD-20 accuracy (%)"
 MANY_LAYERS = 30
+
+MANY, ROW_HEIGHT = 40, 0.17
+"""Contenders at one budget that are drawn all together, and inches that each takes."""
 
 SIDEWAYS = -0.7
 """Percent of the MACs between contenders of the same size, so that intervals do not hide each other."""
@@ -639,6 +660,35 @@ def plot_widths(found: Sequence[Comparison], path: Path) -> None:
         finish(figure, axes, path, "output channels kept (%)")
 
 
+def of_many(comparison: Comparison) -> Comparison:
+    """The same of the seeds that many contenders were run on."""
+    seeds = comparison.seeds(MAIN, "0")
+    return comparison.only(seed for seed in seeds if len(comparison.only([seed]).common("0")) >= MANY)
+
+
+def plot_everyone(found: Sequence[Comparison], path: Path) -> None:
+    """Robust accuracy right after pruning of all contenders, in order, on seeds that many of them have."""
+    crowds = [crowd for crowd in map(of_many, found) if crowd.cells]
+    if crowds:
+        names = [[name for name in one.common("0") if name in KINDS] for one in crowds]
+        size = PANEL_WIDTH * PANELS_IN_A_ROW, 1.2 + ROW_HEIGHT * max(map(len, names))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = list(figure.subplots(1, len(crowds), squeeze=False).flat)
+        for axis, one, those in zip(axes, crowds, names, strict=True):
+            seeds = one.seeds(MAIN, "0")
+            those = sorted(those, key=lambda name: one.accuracy(name, "0", seeds=seeds))
+            for row, name in enumerate(those):
+                kind, (mean, low, high) = KINDS[name], spread(one, name, "0", seeds)
+                bar = [[max(mean - low, 0)], [max(high - mean, 0)]]
+                axis.errorbar(mean, row, xerr=bar, color=kind.colour, marker=kind.marker, label=kind.text, markersize=4)
+            axis.axvline(one.dense_accuracy(seeds), color="black", linestyle=":", label="dense")
+            axis.set_yticks(range(len(those)), those, fontsize="x-small")
+            axis.set_ylim(-1, len(those))
+            axis.set_title(f"{one.key.subject},\n{one.key}, {seeds_text(seeds)}", fontsize="medium")
+            axis.set_xlabel(ROBUST)
+        finish(figure, axes, path, "")
+
+
 def channels_kept(comparison: Comparison, seed: int) -> dict[str, dict[str, float]]:
     """Of each layer that any of the contenders shown prunes, what each of them keeps, in %; each shape once."""
     shapes: dict[str, dict[str, int]] = {}
@@ -655,6 +705,7 @@ def channels_kept(comparison: Comparison, seed: int) -> dict[str, dict[str, floa
 
 
 PLOTS: dict[str, Callable[[Sequence[Comparison], Path], None]] = {
+    "pruners-all.png": plot_everyone,
     "pruners-budgets.png": plot_budgets,
     "pruners-curves.png": plot_curves,
     "pruners-widths.png": plot_widths,

@@ -426,13 +426,14 @@ def test_made_again_cells_are_compared_image_by_image(
 
 
 def test_the_report_is_made_from_the_cells_byte_for_byte(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MANY", len(FEW))
     made = []
     for name in ("one", "two"):
         monkeypatch.setattr("sys.argv", ["report", "--cells", str(cells), "--out", str(cells / name)])
         report.main()
         made.append({path.name: path.read_bytes() for path in (cells / name).iterdir()})
     assert made[0] == made[1]
-    assert set(made[0]) == {"report.md", "pruners-budgets.png", "pruners-widths.png"}
+    assert set(made[0]) == {"report.md", "pruners-all.png", "pruners-budgets.png", "pruners-widths.png"}
     text = made[0]["report.md"].decode()
     accuracy = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)["curve"]["0"]["pgd-20"]
     assert f"| **{MAIN}** |" in text
