@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, Budget
-from benchmarks.report import ATTACK, SECOND, read_cell, right
-from benchmarks.run import CELLS, MORE, at_hand, do, in_processes, path_of
-from benchmarks.tiers import Work
+from benchmarks.report import ATTACK, MEASURES, read_cell, right
+from benchmarks.run import CELLS, at_hand, do, in_processes, path_of
+from benchmarks.tiers import SECOND, Work
 from tp_mrs.errors import InputError, check_choice, check_count, check_seed
 from tp_mrs.files import check_output_folder
-
-OPTIONS = {MORE: "more_images", "autoattack": "autoattack"}
-"""What cells may have beside their curves → the argument of `do` that asks for it."""
 
 
 def again(path: Path, folder: Path, data_dir: str | None) -> None:
@@ -34,18 +32,33 @@ def again(path: Path, folder: Path, data_dir: str | None) -> None:
     work = Work(cell["data"], cell["network"], Budget(*cell["budget"]), cell["seed"])
     name = cell["contender"]
     check_choice("contender", name, CONTENDERS)
-    for measure, option in {"curve": None, **OPTIONS}.items():
+    for measure in MEASURES:
         points = cell.get(measure, {})
         if points:
-            settings = {"test_images": cell["settings"]["test_images"]}
-            if option is not None:
-                settings[option] = max(found["images"] for found in points.values())
-            do(work, sorted(map(float, points)), {name: CONTENDERS[name]}, folder, data_dir, **settings)
+            do(
+                work,
+                sorted(map(float, points)),
+                {name: CONTENDERS[name]},
+                folder,
+                data_dir,
+                test_images=cell["settings"]["test_images"],
+                attacks=[attack for attack in next(iter(cell["curve"].values()))["outcomes"] if attack != "clean"],
+                second={measure: max(found["images"] for found in points.values())} if measure in SECOND else None,
+            )
     made = read_cell(path_of(folder, work, name))
-    for measure, attack in {"curve": ATTACK, **SECOND}.items():
+    if made["settings"]["dense"] != cell["settings"]["dense"]:
+        print(f"{path}: from another dense network, of another kind of machine or other versions", flush=True)
+    for measure in MEASURES:
+        attack = SECOND.get(measure, (ATTACK,))[-1]
         for point in cell.get(measure, {}):
             where = f"{work.data}/{work.network} {work.budget.text} seed {work.seed}  {name}, {measure} {point}"
             print(f"{where}: {compared(cell, made, measure, point, attack)}", flush=True)
+
+
+def _again_in_turn(paths: Sequence[Path], folder: Path, data_dir: str | None) -> None:
+    """Cells of one network and seed, in one process, which trains the dense one if it is not there."""
+    for path in paths:
+        again(path, folder, data_dir)
 
 
 def compared(before: dict[str, Any], after: dict[str, Any], measure: str, point: str, attack: str) -> str:
@@ -75,24 +88,23 @@ def main() -> None:
             check_choice("contenders", name, CONTENDERS)
         if check_output_folder(arguments.out).resolve() == arguments.cells.resolve():
             raise InputError("out: it is the folder of the old cells, which are not made again; choose another one")
-        paths = [path for path in sorted(arguments.cells.glob("*/*/*.json")) if chosen(path, arguments)]
-        if not paths:
-            raise InputError(f"cells: {arguments.cells} has none of these")
-        there = at_hand({read_cell(path)["data"] for path in paths}, arguments.data_dir)
-        paths = [path for path in paths if read_cell(path)["data"] in there]
-        if not paths:
-            raise InputError(
-                "data-dir: for the reasons above nothing is left to make; all data sets but digits need it"
-            )
+        cells = {path: read_cell(path) for path in sorted(arguments.cells.glob("*/*/*.json"))}
+        cells = {path: cell for path, cell in cells.items() if chosen(cell, arguments)}
+        if not cells:
+            raise InputError(f"cells: {arguments.cells} is no folder of cells, or has none of these")
+        there = at_hand({cell["data"] for cell in cells.values()}, arguments.data_dir)
     except InputError as error:
         parser.error(str(error))
-    tasks = [partial(again, path, arguments.out, arguments.data_dir) for path in paths]
+    by_network: dict[tuple[Any, ...], list[Path]] = {}
+    for path, cell in cells.items():
+        if cell["data"] in there:
+            by_network.setdefault((cell["data"], cell["network"], cell["seed"]), []).append(path)
+    tasks = [partial(_again_in_turn, paths, arguments.out, arguments.data_dir) for paths in by_network.values()]
     sys.exit(0 if in_processes(tasks, arguments.jobs) else 1)
 
 
-def chosen(path: Path, arguments: argparse.Namespace) -> bool:
-    """Whether it is one of the cells that were asked for, and met its budget."""
-    cell = read_cell(path)
+def chosen(cell: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether it is one of those that were asked for, and met its budget."""
     found = {
         "networks": f"{cell['data']}/{cell['network']}",
         "budgets": Budget(*cell["budget"]).text,

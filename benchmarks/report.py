@@ -34,18 +34,15 @@ from benchmarks.contenders import (
     retuned,
     tuning_of,
 )
-from benchmarks.run import CELLS, FORMAT, MORE, path_of
+from benchmarks.run import CELLS, FORMAT, path_of
 from benchmarks.tables import FOLDER, RESULTS, fill, markdown
-from benchmarks.tiers import Work
+from benchmarks.tiers import MORE, SECOND, Work
 from tp_mrs.errors import InputError
 from tp_mrs.files import check_output_folder, read_json, write_bytes
 from tp_mrs.plotting import BLUE, GREEN, ORANGE
 
 ATTACK = "pgd-20"
 COLUMNS = {"clean": "clean", ATTACK: "PGD-20", "autoattack": "AutoAttack"}
-SECOND = {MORE: ATTACK, "autoattack": "autoattack"}
-"""What cells may have beside their curves → the attack to compare by."""
-
 MEASURES = ("curve", *SECOND)
 
 MAINS = tuple(retuned(MAIN, tuning) for tuning in ("", *TUNINGS))
@@ -157,7 +154,7 @@ class Comparison:
         return 100 * statistics.mean(self.dense[seed][attack] for seed in seeds)
 
     def others(self, point: str, of: str = MAIN) -> list[str]:
-        """Torch-Pruning's with results for all seeds that this one has, the most robust first: it is favoured."""
+        """Of `OTHERS`, those with results for all seeds that this one has, the most robust first: it is favoured."""
         found, seeds = [name for name in self.alike(point, of) if tuning_of(name)[0] in OTHERS], self.seeds(of, point)
         return sorted(found, key=lambda name: -self.accuracy(name, point, seeds=seeds))
 
@@ -191,6 +188,16 @@ def comparisons(folder: Path) -> list[Comparison]:
     for path in sorted(folder.glob("*/dense-*.json")):
         cell = read_cell(path)
         dense.setdefault((cell["data"], cell["network"]), {})[cell["seed"]] = cell
+    for subject, of in dense.items():
+        for measure in SECOND:
+            images = {cell[measure]["0"]["images"] for cell in of.values() if measure in cell}
+            if len(images) > 1:
+                raise InputError(
+                    f"cells: {' '.join(subject)} has {measure} on {' and on '.join(map(str, sorted(images)))} images; "
+                    "remove those of some seeds, and run again"
+                )
+        if len({cell["settings"]["test_images"] for cell in of.values()}) > 1:
+            raise InputError(f"cells: seeds of {' '.join(subject)} have other numbers of test images; remove some")
     for path in sorted(folder.glob("*/*/*.json")):
         cell = read_cell(path)
         work = Work(cell["data"], cell["network"], Budget(*cell["budget"]), cell["seed"])
@@ -216,22 +223,39 @@ def read_cell(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no whole cell, or says other accuracies than its outcomes.
     """
-    cell = read_json(path, FORMAT)
-    of_contenders = () if path.name.startswith("dense-") else ("contender", "budget")
-    missing = [name for name in ("data", "network", "seed", "settings", *of_contenders) if name not in cell]
-    if missing:
-        raise InputError(f"cells: {path} has no {missing[0]}; remove it, and run again")
-    if of_contenders and not any(name in cell for name in ("failed", *MEASURES)):
-        raise InputError(f"cells: {path} has no results; remove it, and run again")
-    for measure in MEASURES:
-        for point, found in cell.get(measure, {}).items():
-            for attack in found["outcomes"]:
-                if not math.isclose(found[attack], right(cell, point, attack, measure).mean(), abs_tol=1e-6):
-                    raise InputError(
-                        f"cells: {path} says another accuracy than its outcomes ({measure}, {point}, {attack}); "
-                        "remove it, and run again"
-                    )
+    try:
+        cell = read_json(path, FORMAT)
+        fault = fault_of(cell, dense=path.name.startswith("dense-"))
+    except (InputError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"cells: {path} is no whole cell ({error!r}); remove it, and run again") from error
+    if fault:
+        raise InputError(f"cells: {path} {fault}; remove it, and run again")
     return cell
+
+
+def fault_of(cell: dict[str, Any], *, dense: bool) -> str | None:
+    """What is wrong with what a cell says, if anything."""
+    needed = ["data", "network", "seed", "settings", *([] if dense else ["contender", "budget"])]
+    missing = [name for name in needed if name not in cell]
+    if missing:
+        return f"has no {missing[0]}"
+    if dense:
+        measures = {"curve": {"0": cell}} | {measure: cell[measure] for measure in SECOND if measure in cell}
+    else:
+        measures = {measure: cell[measure] for measure in MEASURES if cell.get(measure)}
+    if not measures and "failed" not in cell:
+        return "has no results"
+    absent = [name for name in ("macs", "params", "widths") if measures and name not in cell]
+    if absent:
+        return f"has no {absent[0]}"
+    for measure, points in measures.items():
+        for point, found in points.items():
+            float(point)
+            outcomes = {**cell, measure: points}
+            for attack in {"clean", ATTACK, *found["outcomes"]}:
+                if not math.isclose(found[attack], right(outcomes, point, attack, measure).mean(), abs_tol=1e-6):
+                    return f"says another accuracy than its outcomes ({measure}, {point}, {attack})"
+    return None
 
 
 def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
@@ -247,7 +271,7 @@ def by_subject(found: Iterable[Comparison]) -> dict[str, list[Comparison]]:
 def tables(found: Sequence[Comparison]) -> str:
     """All of them."""
     parts = [summary(found), held_out(found), rank_table(found), *map(ablation, found), *map(recovery, found)]
-    parts += [again(comparison, measure) for comparison in found for measure in SECOND]
+    parts += [second_tables(comparison, measure) for comparison in found for measure in SECOND]
     parts += map(budget_table, found)
     return "\n\n".join(part for part in parts if part)
 
@@ -255,28 +279,30 @@ def tables(found: Sequence[Comparison]) -> str:
 def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
     """Ours beside the best of the others at each budget: right after pruning, and after the most of fine-tuning.
 
-    Of what is fine-tuned by one objective, the same points are shown as by another. With `details`, each seed's
-    difference and both sizes, too.
+    Of what is fine-tuned by one objective, the same points are shown as by another; on more images, where there are
+    more. With `details`, each seed's difference and both sizes, too.
     """
     rows = []
     for comparison in found:
         compared = {ours: [point for point in comparison.points() if comparison.others(point, ours)] for ours in MAINS}
         ends = {point for points in compared.values() for point in (*points[:1], *points[-1:])}
         rows += [
-            summary_row(comparison, ours, point)
+            summary_row(on_more_images(comparison, ours, point), ours, point)
             for point in comparison.points()
             for ours, points in compared.items()
             if point in ends.intersection(points)
         ]
+    less = f"PGD-20, {MAIN} less this"
     header = [
         "network, budget",
         "fine-tuning",
-        "seeds",
+        "seeds × images",
         "dense: clean / PGD-20",
         MAIN,
         BESIDE,
+        less,
         "best other, of how many",
-        f"PGD-20, {MAIN} less this",
+        less,
         "in each seed",
         f"MACs / params left: {MAIN}, this",
     ]
@@ -284,10 +310,18 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
     return markdown(header[wanted], [row[wanted] for row in rows]) if rows else ""
 
 
+def on_more_images(comparison: Comparison, ours: str, point: str) -> Comparison:
+    """The same by `MORE`, if ours and the best other have it on all seeds; else as it is."""
+    more, seeds = by(comparison, MORE), set(comparison.seeds(ours, point))
+    best = comparison.others(point, ours)[0]
+    return more if seeds <= set(more.dense) and seeds <= set(more.shared(best, point, ours)) else comparison
+
+
 def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     seeds, others = comparison.seeds(ours, point), comparison.others(point, ours)
     tuning = tuning_of(ours)[1]
     beside = retuned(BESIDE, tuning)
+    has_beside = beside in comparison.common(point, ours)
 
     def accuracies(name: str) -> str:
         return " / ".join(f"{comparison.accuracy(name, point, attack, seeds):.1f}" for attack in ("clean", ATTACK))
@@ -298,10 +332,10 @@ def summary_row(comparison: Comparison, ours: str, point: str) -> list[str]:
     return [
         f"{comparison.key.subject}, {comparison.key}",
         f"{epochs_text(point)}, {tuning}" if tuning else epochs_text(point),
-        str(len(seeds)),
+        f"{len(seeds)} × {len(right(comparison.cells[ours][seeds[0]], point)):,}",
         " / ".join(f"{comparison.dense_accuracy(seeds, attack):.1f}" for attack in ("clean", ATTACK)),
         accuracies(ours),
-        accuracies(beside) if beside in comparison.common(point, ours) else "",
+        *((accuracies(beside), lead_text(comparison.lead(beside, point, ours))) if has_beside else ("", "")),
         f"{accuracies(others[0])} ({tuning_of(others[0])[0]}; {len(others)})",
         lead_text(comparison.lead(others[0], point, ours)),
         signed([comparison.only([seed]).lead(others[0], point, ours)[0] for seed in seeds]),
@@ -385,19 +419,24 @@ def recovery(comparison: Comparison) -> str:
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
 
 
-def again(comparison: Comparison, measure: str) -> str:
-    """Contenders that were evaluated a second time, by one of `SECOND`, after each number of epochs."""
+def by(comparison: Comparison, measure: str) -> Comparison:
+    """What was evaluated a second time, by one of `SECOND`, in place of the curves."""
     cells = {
         name: {seed: {**cell, "curve": cell.get(measure, {})} for seed, cell in of.items()}
         for name, of in comparison.cells.items()
     }
     dense = {seed: cell[measure]["0"] for seed, cell in comparison.dense.items() if measure in cell}
-    found = replace(comparison, cells=cells, dense=dense)
+    return replace(comparison, cells=cells, dense=dense)
+
+
+def second_tables(comparison: Comparison, measure: str) -> str:
+    """Contenders that were evaluated a second time, after each number of epochs."""
+    found = by(comparison, measure)
     at = itertools.product(found.points(), MAINS)
-    return "\n\n".join(filter(None, (again_at(found, point, ours, SECOND[measure]) for point, ours in at)))
+    return "\n\n".join(filter(None, (second_table(found, point, ours, SECOND[measure][-1]) for point, ours in at)))
 
 
-def again_at(found: Comparison, point: str, ours: str, attack: str) -> str:
+def second_table(found: Comparison, point: str, ours: str, attack: str) -> str:
     """A table by this attack; nothing where there is none to compare with."""
     tuning = tuning_of(ours)[1]
     names, seeds = found.alike(point, ours), found.seeds(ours, point)
@@ -502,7 +541,10 @@ def rank_table(found: Sequence[Comparison]) -> str:
     ]
     budgets = {subject: ", ".join(str(one.key) for one in group) for subject, group in by_subject(found).items()}
     where = "; ".join(f"{subject} ({text})" for subject, text in budgets.items())
-    title = f"**Ranks**, right after pruning, by PGD-20: mean over these networks and budgets, and each: {where}."
+    title = (
+        f"**Ranks**, right after pruning, by PGD-20, of the {len(names)} with results for all of these networks and "
+        f"budgets: mean, and each: {where}."
+    )
     return f"{title}\n\n{markdown(['', 'mean', 'each'], rows)}"
 
 

@@ -39,9 +39,9 @@ from benchmarks.contenders import (
     Subject,
     tuning_of,
 )
-from benchmarks.networks import BATCH_SIZE, EPS, FINETUNING, NETWORKS, TRAINING
+from benchmarks.networks import BATCH_SIZE, DEVICE, EPS, FINETUNING, NETWORKS, TRAINING
 from benchmarks.tables import RESULTS, provenance
-from benchmarks.tiers import TIERS, Part, Work, points_of
+from benchmarks.tiers import MORE, SECOND, TIERS, WITH_AUTOATTACK, Part, Work, points_of
 from tp_mrs import evaluate
 from tp_mrs.allocation import amount
 from tp_mrs.architectures import LAYERS
@@ -53,8 +53,6 @@ from tp_mrs.storage import checksum, tensors_of
 
 FORMAT = "tp_mrs.pruners/1"
 CELLS = RESULTS / "cells"
-WITH_AUTOATTACK = ("pgd-20", "autoattack")
-MORE = "more images"
 
 PruneAndTune = Callable[[float], nn.Module]  # for so many epochs
 Assess = Callable[[nn.Module], dict[str, Any]]
@@ -161,8 +159,7 @@ def do(
     *,
     test_images: int = 500,
     attacks: Sequence[str] = ("pgd-20",),
-    more_images: int = 0,
-    autoattack: int = 0,
+    second: Mapping[str, int] | None = None,
 ) -> None:
     """All missing cells of one budget and seed, and the missing points of their curves.
 
@@ -174,27 +171,33 @@ def do(
         data_dir: folder with the data sets; digits need none.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
-        more_images: evaluate a second time, on so many test images: those, and others.
-        autoattack: evaluate by AutoAttack, too, on so many test images; a hundred take minutes on a CPU.
+        second: on how many test images to evaluate once more, by each of `SECOND` that is wanted; by AutoAttack a
+            hundred take minutes on a CPU.
 
     Raises:
         InputError: a cell there was made with other settings, or from another dense network: one that is trained on
-            another kind of machine differs in its last bits, and then in more.
+            another kind of machine differs in its last bits, and then in more; or was evaluated a second time on
+            another number of images.
     """
     subject = Subject(load_data(work.data, data_dir if work.data != "digits" else None), work.network, work.seed)
     head = {"data": work.data, "network": work.network, "seed": work.seed}
     settings = {**settings_of(work, test_images), "dense": checksum(tensors_of(subject.model))}
     measures: dict[str, Assess] = {"curve": partial(assess, subject=subject, test_images=test_images, attacks=attacks)}
-    if more_images:
-        measures[MORE] = partial(assess, subject=subject, test_images=more_images, attacks=attacks)
-    if autoattack:
-        measures["autoattack"] = partial(assess, subject=subject, test_images=autoattack, attacks=WITH_AUTOATTACK)
+    for measure, images in (second or {}).items():
+        measures[measure] = partial(assess, subject=subject, test_images=images, attacks=SECOND[measure])
     dense = Cell(network_folder(folder, work) / f"dense-{work.seed}.json", head, settings)
-    if "clean" not in dense.content:
-        dense.add(**measures["curve"](copy.deepcopy(subject.model)), **sizes(subject.model, subject), **provenance())
+    for measure, images in (second or {}).items():
+        wanted = min(images, len(subject.data.test))  # type: ignore[arg-type]
+        there = dense.content.get(measure, {"0": {"images": wanted}})["0"]["images"]
+        if there != wanted:
+            raise InputError(
+                f"out: {dense.path} was evaluated once more ({measure}) on {there} images, not {wanted}; ask for as "
+                "many, or choose another folder"
+            )
     for measure, assessed in measures.items():
-        if measure != "curve" and measure not in dense.content:
-            dense.add(**{measure: {"0": {**assessed(copy.deepcopy(subject.model)), **provenance()}}})
+        if ("clean" if measure == "curve" else measure) not in dense.content:
+            found = {**assessed(copy.deepcopy(subject.model)), **provenance(DEVICE)}
+            dense.add(**({**found, **sizes(subject.model, subject)} if measure == "curve" else {measure: {"0": found}}))
     for name, contender in contenders.items():
         about = {**head, "contender": name, "budget": work.budget, **retuning(name, subject)}
         cell = Cell(path_of(folder, work, name), about, settings)
@@ -202,16 +205,15 @@ def do(
             missing = lacking(cell.content, point, measures)
             if missing:
                 start = time.perf_counter()
-                wanted = {measure: measures[measure] for measure in missing}
-                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), wanted)
+                chosen = {measure: measures[measure] for measure in missing}
+                shown = fill_in(cell, point, subject, partial(contender, subject, work.budget), chosen)
                 seconds = time.perf_counter() - start
-                budget = f"{work.budget.measure} {work.budget.target:.0%}"
-                where = f"{work.data}/{work.network} {budget} seed {work.seed}"
+                where = f"{work.data}/{work.network} {work.budget.text} seed {work.seed}"
                 print(f"{where}  {name}, {point:g} epochs: {shown}  ({seconds:.0f} s)", flush=True)
 
 
 def lacking(content: Mapping[str, Any], point: float, measures: Iterable[str]) -> list[str]:
-    """Those of the measures that a cell has no results by, unless its contender cannot meet the budget."""
+    """Those of the measures that a cell has no results by, unless its contender cannot be run there."""
     return [measure for measure in measures if "failed" not in content and f"{point:g}" not in content.get(measure, {})]
 
 
@@ -219,13 +221,15 @@ def fill_in(cell: Cell, point: float, subject: Subject, prune: PruneAndTune, mea
     """Prune, fine-tune, evaluate; returns what to show of it."""
     try:
         model = prune(point)
-    except (InputError, DivergenceError) as error:
-        cell.add(failed=str(error), **provenance())
+    except InputError as error:
+        cell.add(failed=str(error), **provenance(DEVICE))
+        return str(error)
+    except DivergenceError as error:  # with other numbers of epochs it may not
         return str(error)
     shown = []
     for name, assessed in measures.items():
         found = assessed(model)
-        cell.add(**sizes(model, subject), **{name: {f"{point:g}": {**found, **provenance()}}})
+        cell.add(**sizes(model, subject), **{name: {f"{point:g}": {**found, **provenance(DEVICE)}}})
         shown += [f"{attack} {100 * value:.1f}" for attack, value in found.items() if isinstance(value, float)]
     return ", ".join(shown)
 
@@ -239,34 +243,44 @@ def at_hand(names: Iterable[str], data_dir: str | None) -> set[str]:
     Raises:
         InputError: it is none of them.
     """
-    found = set()
+    found, reasons = set(), []
     for name in sorted(names):
         try:
             load_data(name, data_dir if name != "digits" else None)
             found.add(name)
         except InputError as error:
-            print(f"{name} is left out: {error}", flush=True)
+            reasons.append(f"{name} is left out: {error}")
     if not found:
-        raise InputError("data-dir: for the reasons above nothing is left to do; all data sets but digits need it")
+        raise InputError(f"data-dir: nothing is left to do; {'; '.join(reasons)}")
+    print(*reasons, sep="\n", end="\n" * bool(reasons), flush=True)
     return found
 
 
 def _do_parts(parts: Sequence[Part], seed: int, folder: Path, data_dir: str | None) -> None:
-    """`do` in another process, which names reach, and functions don't."""
+    """`do` in another process, which names reach, and functions don't.
+
+    Raises:
+        InputError: something was not done, after all the rest was.
+    """
+    errors: dict[str, None] = {}
     for part in parts:
         contenders = {name: CONTENDERS[name] for name in part.contenders}
         for work in part.work(seed):
-            do(
-                work,
-                part.epochs,
-                contenders,
-                folder,
-                data_dir,
-                test_images=part.test_images,
-                attacks=part.attacks,
-                more_images=part.more_images,
-                autoattack=part.autoattack,
-            )
+            try:
+                do(
+                    work,
+                    part.epochs,
+                    contenders,
+                    folder,
+                    data_dir,
+                    test_images=part.test_images,
+                    attacks=part.attacks,
+                    second=part.second,
+                )
+            except InputError as error:
+                errors[str(error)] = None
+    if errors:
+        raise InputError("\nerror: ".join(errors))
 
 
 def in_processes(tasks: Iterable[Callable[[], None]], jobs: int) -> bool:
@@ -296,6 +310,13 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
+def check_each(name: str, values: Iterable[str], choices: Iterable[str]) -> None:
+    """Raise `InputError` unless each of the values is one of the choices."""
+    options = list(dict.fromkeys(choices))
+    for value in values:
+        check_choice(name, value, options)
+
+
 def selected(tier: Sequence[Part], arguments: argparse.Namespace) -> list[Part]:
     """What was asked for of a tier.
 
@@ -306,32 +327,26 @@ def selected(tier: Sequence[Part], arguments: argparse.Namespace) -> list[Part]:
         check_count(name, getattr(arguments, name), low=low)
     for seed in arguments.seeds or ():
         check_seed(seed)
-    for name in arguments.contenders or ():
-        check_choice("contenders", name, CONTENDERS)
-    there = {
-        "networks": ["/".join(part.subject) for part in tier],
-        "budgets": [budget.text for part in tier for budget in part.budgets],
-        "epochs": [f"{point:g}" for part in tier for point in part.epochs],
+    check_each("contenders", arguments.contenders or (), CONTENDERS)
+    parts = list(tier)
+    if arguments.networks:
+        check_each("networks", arguments.networks, ("/".join(part.subject) for part in parts))
+        parts = [part for part in parts if "/".join(part.subject) in arguments.networks]
+    if arguments.budgets:
+        check_each("budgets", arguments.budgets, (budget.text for part in parts for budget in part.budgets))
+        parts = [replace(part, budgets=[of for of in part.budgets if of.text in arguments.budgets]) for part in parts]
+        parts = [part for part in parts if part.budgets]
+    if arguments.epochs:
+        check_each("epochs", map("{:g}".format, arguments.epochs), (f"{at:g}" for part in parts for at in part.epochs))
+        parts = [replace(part, epochs=[at for at in part.epochs if at in arguments.epochs]) for part in parts]
+        parts = [part for part in parts if part.epochs]
+    second = {MORE: arguments.more_images, WITH_AUTOATTACK: arguments.autoattack}
+    instead = {
+        "seeds": arguments.seeds,
+        "contenders": arguments.contenders,
+        "second": {measure: images for measure, images in second.items() if images},
     }
-    wanted = {name: getattr(arguments, name) or of for name, of in there.items()}
-    for name, of in there.items():
-        for value in wanted[name]:
-            check_choice(name, value, list(dict.fromkeys(of)))
-    instead = ("seeds", "contenders", "more_images", "autoattack")
-    changes = {name: getattr(arguments, name) for name in instead if getattr(arguments, name)}
-    parts = [
-        replace(
-            part,
-            budgets=[budget for budget in part.budgets if budget.text in wanted["budgets"]],
-            epochs=[point for point in part.epochs if f"{point:g}" in wanted["epochs"]],
-            **changes,
-        )
-        for part in tier
-        if "/".join(part.subject) in wanted["networks"]
-    ]
-    parts = [part for part in parts if part.budgets and part.epochs]
-    if not parts:
-        raise InputError("budgets: the tier has no such budget, or no such epochs, for these networks; leave one out")
+    parts = [replace(part, **{name: value for name, value in instead.items() if value}) for part in parts]
     if not any(True for part in parts for _ in part.points()):
         raise InputError(
             f"epochs: {', '.join(parts[0].contenders)} are other ways of fine-tuning; ask for some, or leave it out"
@@ -343,14 +358,13 @@ def to_do(parts: Sequence[Part], folder: Path) -> dict[tuple[Work, str, float, s
     """Each point and measure of the parts → whether it is missing."""
     found = {}
     for part in parts:
-        also = {MORE: part.more_images, "autoattack": part.autoattack}
         for work, name, point in part.points():
             path = path_of(folder, work, name)
             try:
                 content = read_json(path, FORMAT) if path.exists() else {}
             except InputError:  # `do` says what is wrong with it
                 content = {}
-            for measure in ("curve", *(measure for measure, images in also.items() if images)):
+            for measure in ("curve", *part.second):
                 found[work, name, point, measure] = bool(lacking(content, point, [measure]))
     return found
 
@@ -374,21 +388,21 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", metavar="DATA/NAME", help="only these of the tier")
     parser.add_argument("--budgets", nargs="+", metavar="macs-50", help="only these of the tier")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the tier's")
-    parser.add_argument("--epochs", nargs="+", help="only these of the tier")
+    parser.add_argument("--epochs", type=float, nargs="+", help="only these of the tier")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="instead of the tier's")
     parser.add_argument("--more-images", type=int, default=0, metavar="IMAGES", help="evaluate on so many, too")
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="evaluate by it, too, on so many")
     arguments = parser.parse_args()
     try:
         parts = selected(TIERS[arguments.tier], arguments)
-        check_output_folder(arguments.out)
+        folder = check_output_folder(arguments.out)
         there = at_hand({part.subject[0] for part in parts}, arguments.data_dir)
     except InputError as error:
         parser.error(str(error))
     parts = [part for part in parts if part.subject[0] in there]
-    missing = to_do(parts, arguments.out)
+    missing = to_do(parts, folder)
     print(f"{len(missing)} points, of which {sum(missing.values())} are missing", flush=True)
-    todo = [partial(_do_parts, of, seed, arguments.out, arguments.data_dir) for (seed, _), of in tasks(parts).items()]
+    todo = [partial(_do_parts, of, seed, folder, arguments.data_dir) for (seed, _), of in tasks(parts).items()]
     sys.exit(0 if in_processes(todo, arguments.jobs) else 1)
 
 

@@ -19,12 +19,13 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and device, for every result."""
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Versions, commit and the device that was used, for every result."""
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
         "versions": {**versions(), "python": platform.python_version()},
         "commit": _commit(),
-        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(device),
     }
 
 

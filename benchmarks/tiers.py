@@ -6,8 +6,8 @@ for first. Fine-tuning takes most of the time, and is for few. Each point of `cp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from benchmarks.contenders import (
@@ -26,6 +26,10 @@ from benchmarks.contenders import (
     retuned,
 )
 from benchmarks.networks import NETWORKS
+
+MORE, WITH_AUTOATTACK = "more images", "with autoattack"
+SECOND: dict[str, tuple[str, ...]] = {MORE: ("pgd-20",), WITH_AUTOATTACK: ("pgd-20", "autoattack")}
+"""What may be evaluated a second time, on another number of images → by which attacks; the last is what counts."""
 
 
 class Work(NamedTuple):
@@ -49,8 +53,7 @@ class Part:
         seeds: of the dense network, and of all that is drawn.
         test_images: how many to evaluate on.
         attacks: to evaluate with.
-        more_images: on how many test images to evaluate a second time, for narrower intervals.
-        autoattack: on how many test images to try that, too.
+        second: on how many test images to evaluate once more, by each of `SECOND` that is wanted.
     """
 
     subject: tuple[str, str]
@@ -60,8 +63,7 @@ class Part:
     seeds: Sequence[int] = (0, 1, 2)
     test_images: int = 500
     attacks: Sequence[str] = ("pgd-20",)
-    more_images: int = 0
-    autoattack: int = 0
+    second: Mapping[str, int] = field(default_factory=dict)
 
     def work(self, seed: int) -> list[Work]:
         return [Work(*self.subject, budget, seed) for budget in self.budgets]
@@ -119,7 +121,7 @@ AT_ONCE = [
     *LEADING,
     *(name for name in CONTENDERS if name not in {*LEADING, *REGULARISED, *RETUNED, *ROUNDED, "mrpf, 2 rounds"}),
 ]
-"""All that prune the network as it is, once."""
+"""All that prune without training, at once or in steps."""
 
 HELD_OUT = [name for name in AT_ONCE if name in LEADING or name not in OTHERS]
 """On seeds that nothing was chosen by."""
@@ -166,12 +168,12 @@ TIERS: dict[str, list[Part]] = {
         Part(CIFAR10, macs(0.5), list(REGULARISED), seeds=(0,)),
         Part(DIGITS, macs(0.25), HELD_OUT, seeds=(3, 4)),
         Part(CIFAR10, macs(0.5), CURVES, epochs=(0.02, 0.05, 0.1, 0.25)),
-        Part(CIFAR10, macs(0.5), [BESIDE, MAIN], more_images=2000),
-        Part(CIFAR10, macs(0.5), [*RETUNABLE, *by("RSLAD", RETUNABLE)], epochs=(0.25,), more_images=2000),
+        Part(CIFAR10, macs(0.5), [BESIDE, MAIN], second={MORE: 2000}),
+        Part(CIFAR10, macs(0.5), [*RETUNABLE, *by("RSLAD", RETUNABLE)], epochs=(0.25,), second={MORE: 2000}),
         Part(CIFAR10, macs(0.25), [*TUNED, *by("RSLAD", TUNED)], epochs=(0.25,)),
         Part(CIFAR10, macs(0.25), [*TUNED, "mrpf, 1 step", *by("MART", ["L2, uniform", MAIN])], epochs=(2,)),
         Part(DIGITS, macs(0.25, 0.1), [*TUNED, "mrpf, 1 step"], epochs=(0.25, 1, 4)),
-        Part(CIFAR10, macs(0.5), TUNED, seeds=(1, 2), autoattack=100),
+        Part(CIFAR10, macs(0.5), TUNED, seeds=(1, 2), second={WITH_AUTOATTACK: 100}),
     ],
     "gpu": [
         Part(subject, budgets, ON_A_GPU, epochs, test_images=1000, attacks=("pgd-20", "autoattack"))

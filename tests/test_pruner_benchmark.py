@@ -20,7 +20,7 @@ from benchmarks import again, report, run
 from benchmarks import contenders as roster
 from benchmarks.contenders import CONTENDERS, MAIN, Budget, Regularised, Subject, allocated, plain
 from benchmarks.networks import NETWORKS
-from benchmarks.tiers import TIERS, Part, Work, points_of
+from benchmarks.tiers import MORE, TIERS, WITH_AUTOATTACK, Part, Work, points_of
 from tp_mrs.allocation import amount
 from tp_mrs.data import load_data
 from tp_mrs.errors import InputError
@@ -260,9 +260,10 @@ def test_two_runs_at_once_lose_nothing(tmp_path: Path) -> None:
         (["--more-images", "-5"], "more_images: expected an integer >= 0"),
         (["--seeds", "-1"], "seed: expected an integer from 0"),
         (["--epochs", "7"], "epochs: expected one of 0, 1"),
+        (["--tier", "cpu", "--networks", "digits/vgg11_bn", "--epochs", "1"], "epochs: expected one of 0, got '1'"),
         (["--budgets", "macs-50", "50"], "budgets: expected one of macs-50"),
         (["--networks", "digits/typo"], "networks: expected one of digits/narrowest resnet18"),
-        (["--contenders", "L2 uniform"], "contenders: expected one of L2, uniform"),
+        (["--contenders", "L2 uniform"], "contenders: expected one of 'L2, uniform', 'L1, uniform'"),
         (["--out", __file__], "out: cannot write to"),
     ],
 )
@@ -293,9 +294,9 @@ def test_a_part_of_a_tier_is_its_budgets_with_the_epochs_asked_for() -> None:
         Part(("digits", "vgg11_bn"), [Budget("macs", 0.75)], ["L2, uniform"], (0,)),
         Part(("digits", "resnet18"), [Budget("macs", 0.5)], ["L2, uniform"], (1,)),
     ]
-    wanted = asked_for(networks=["digits/vgg11_bn"], epochs=["1"], seeds=[5], contenders=[MAIN], more_images=7)
+    wanted = asked_for(networks=["digits/vgg11_bn"], epochs=[1.0], seeds=[5], contenders=[MAIN], more_images=7)
     (part,) = run.selected(tier, wanted)
-    assert part.more_images == 7
+    assert part.second == {MORE: 7}
     assert list(part.points()) == [
         (Work("digits", "vgg11_bn", budget, 5), MAIN, 1) for budget in (Budget("macs", 0.5), Budget("macs", 0.25))
     ]
@@ -316,7 +317,7 @@ def test_a_network_of_one_seed_is_the_task_of_one_process() -> None:
 
 
 def test_what_is_missing_of_a_part(cells: Path) -> None:
-    part = Part(WORK[:2], [WORK.budget], [*FEW, "L2, global"], (0, 1), seeds=(0,), more_images=30)
+    part = Part(WORK[:2], [WORK.budget], [*FEW, "L2, global"], (0, 1), seeds=(0,), second={MORE: 30})
     found = run.to_do([part, part], cells)
     assert len(found) == 2 * len(FEW) * 2 + 4
     there = [key for key, missing in found.items() if not missing]
@@ -364,20 +365,20 @@ def test_a_contender_of_your_own_stands_in_the_tables(cells: Path) -> None:
 
 def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
     before = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)
-    run.do(WORK, (0,), FEW, cells, test_images=20, autoattack=6)
+    run.do(WORK, (0,), FEW, cells, test_images=20, second={WITH_AUTOATTACK: 6})
     (comparison,) = report.comparisons(cells)
     after = comparison.cells[MAIN][0]
     assert {name: after[name] for name in before} == before
-    found = after["autoattack"]["0"]
+    found = after[WITH_AUTOATTACK]["0"]
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert found["images"] == 6
     assert found["autoattack"] <= found["pgd-20"] <= found["clean"]
-    assert found["autoattack"] == report.right({**after, "curve": after["autoattack"]}, "0", "autoattack").mean()
-    table = report.again(comparison, "autoattack")
+    assert found["autoattack"] == report.right({**after, "curve": after[WITH_AUTOATTACK]}, "0", "autoattack").mean()
+    table = report.second_tables(comparison, WITH_AUTOATTACK)
     assert "right after pruning: 6 test images, 1 seed." in table
-    other = comparison.cells["L2, uniform"][0]["autoattack"]["0"]
+    other = comparison.cells["L2, uniform"][0][WITH_AUTOATTACK]["0"]
     shown = " | ".join(f"{100 * other[column]:.1f}" for column in report.COLUMNS)
-    dense = comparison.dense[0]["autoattack"]["0"]
+    dense = comparison.dense[0][WITH_AUTOATTACK]["0"]
     assert dense["autoattack"] <= dense["pgd-20"] <= dense["clean"]
     assert f"| dense | {' | '.join(f'{100 * dense[column]:.1f}' for column in report.COLUMNS)} |  |  |" in table
     (row,) = (line for line in table.splitlines() if line.startswith(f"| L2, uniform | {shown} | "))
@@ -385,17 +386,59 @@ def test_autoattack_is_added_to_what_is_there(cells: Path) -> None:
         assert lead.startswith(f"{100 * (found[column] - other[column]):+.1f} (")
 
 
+def test_autoattack_may_be_one_of_the_attacks(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: on all test images, for the dense network, too."""
+    monkeypatch.setattr(run, "Subject", lambda *_: subject)
+    few = {name: CONTENDERS[name] for name in ("L2, uniform", MAIN)}
+    run.do(WORK, (0,), few, tmp_path, test_images=6, attacks=("pgd-20", "autoattack"))
+    (comparison,) = report.comparisons(tmp_path)
+    assert "(clean / PGD-20 / AutoAttack of each seed)" in report.budget_table(comparison)
+    run.do(WORK, (0,), few, tmp_path, test_images=6, attacks=("pgd-20", "autoattack"), second={WITH_AUTOATTACK: 4})
+    (comparison,) = report.comparisons(tmp_path)
+    assert "right after pruning: 4 test images, 1 seed." in report.tables([comparison])
+
+
+def test_a_second_look_is_on_as_many_images_everywhere(cells: Path) -> None:
+    few = {MAIN: CONTENDERS[MAIN]}
+    run.do(WORK, (0,), few, cells, test_images=20, second={MORE: 30})
+    with pytest.raises(InputError, match=r"^out: .*dense-0.json was evaluated once more .* on 30 images, not 25; ask"):
+        run.do(WORK, (0,), FEW, cells, test_images=20, second={MORE: 25})
+
+
+def test_where_there_are_more_images_the_summary_is_of_them(cells: Path) -> None:
+    run.do(WORK, (0,), FEW, cells, test_images=20, second={MORE: 30})
+    (comparison,) = report.comparisons(cells)
+    accuracy = 100 * comparison.cells[MAIN][0][MORE]["0"]["pgd-20"]
+    (row,) = report.summary([comparison]).splitlines()[2:]
+    assert row.startswith("| digits, narrowest resnet18, 50% of the MACs | none | 1 × 30 | ")
+    assert f" / {accuracy:.1f} | " in row
+    for name in FEW:
+        del comparison.cells[name][0][MORE]
+    assert "| 1 × 20 |" in report.summary([comparison])
+
+
+def test_a_damaged_cell_does_not_keep_the_others_waiting(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.path_of(cells, WORK, MAIN).write_text("[]")
+    quarter = Budget("macs", 0.25)
+    part = Part(WORK[:2], [WORK.budget, quarter], [MAIN], seeds=(0,), test_images=20)
+    with pytest.raises(InputError, match=r"^out: .*mrpf-0.json is damaged, remove it"):
+        run._do_parts([part], 0, cells, None)
+    assert run.path_of(cells, WORK._replace(budget=quarter), MAIN).exists()
+
+
 def test_more_images_are_added_to_what_is_there(cells: Path) -> None:
     before = read_json(run.path_of(cells, WORK, MAIN), run.FORMAT)
-    run.do(WORK, (0,), FEW, cells, test_images=20, more_images=30)
+    run.do(WORK, (0,), FEW, cells, test_images=20, second={MORE: 30})
     (comparison,) = report.comparisons(cells)
     after = comparison.cells[MAIN][0]
     assert {name: after[name] for name in before} == before
-    again = {**after, "curve": after[run.MORE]}
+    again = {**after, "curve": after[MORE]}
     assert report.right(again, "0")[:20].tolist() == report.right(after, "0").tolist()
-    other = {**comparison.cells["L2, uniform"][0], "curve": comparison.cells["L2, uniform"][0][run.MORE]}
+    other = {**comparison.cells["L2, uniform"][0], "curve": comparison.cells["L2, uniform"][0][MORE]}
     lead = report.lead_text(report.bootstrap([report.right(again, "0") - report.right(other, "0")]))
-    table = report.again(comparison, run.MORE)
+    table = report.second_tables(comparison, MORE)
     assert "**PGD-20**, digits, narrowest resnet18, 50% of the MACs, right after pruning: 30 test images" in table
     (row,) = (line for line in table.splitlines() if line.startswith("| L2, uniform |"))
     assert row.endswith(f"| {lead} |")
@@ -404,7 +447,7 @@ def test_more_images_are_added_to_what_is_there(cells: Path) -> None:
 def test_made_again_cells_are_compared_image_by_image(
     cells: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.do(WORK, (0,), {MAIN: CONTENDERS[MAIN]}, cells, test_images=20, more_images=30)
+    run.do(WORK, (0,), {MAIN: CONTENDERS[MAIN]}, cells, test_images=20, second={MORE: 30})
     folder = tmp_path_factory.mktemp("again")
     for path in cells.glob("*/*/*.json"):
         again.again(path, folder, None)
@@ -454,10 +497,20 @@ def test_the_report_refuses_cells_that_do_not_fit(cells: Path, tmp_path_factory:
     write_json(path, {**content, "curve": {"0": {**content["curve"]["0"], "clean": 2.0}}})
     with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json says another .* \(curve, 0, clean\); remove it"):
         report.comparisons(cells)
+    write_json(path, {**content, "widths": None, "curve": []})
+    with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json has no results; remove it"):
+        report.comparisons(cells)
+    write_json(path, {**content, "curve": {"0": {"clean": 0.5}}})
+    with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json is no whole cell \(KeyError\('outcomes'\)\)"):
+        report.comparisons(cells)
     write_json(path, {**content, "settings": {**content["settings"], "test_images": 30}})
     with pytest.raises(InputError, match=r"^cells: .*mrpf-0.json and its dense-0.json were not made by the same"):
         report.comparisons(cells)
-    next(cells.rglob("dense-0.json")).unlink()
+    dense = next(cells.rglob("dense-0.json"))
+    write_json(dense, {**read_json(dense, run.FORMAT), "pgd-20": 0.99})
+    with pytest.raises(InputError, match=r"^cells: .*dense-0.json says another accuracy .* \(curve, 0, pgd-20\)"):
+        report.comparisons(cells)
+    dense.unlink()
     with pytest.raises(InputError, match=r"and its dense-0.json were not made"):
         report.comparisons(cells)
 
@@ -503,8 +556,7 @@ def test_without_their_data_cells_are_not_begun(
         with pytest.raises(SystemExit):
             main()
         shown = capsys.readouterr()
-        assert "cifar10 is left out: " in shown.out
-        assert "error: data-dir: for the reasons above nothing is left to do" in shown.err
+        assert "error: data-dir: nothing is left to do; cifar10 is left out: " in shown.err
 
 
 def test_the_readme_files_show_the_committed_cells() -> None:
@@ -547,11 +599,11 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
     comparison = report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, dense)
     rows = [row.split(" | ") for row in report.summary([comparison]).splitlines()[2:]]
     assert [(row[1], row[4]) for row in rows] == [
-        ("none", "20.0 / 100.0"),
-        ("1 epoch", "20.0 / 100.0"),
-        ("1 epoch, MART", "20.0 / 100.0"),
+        ("none", "100.0 / 20.0"),
+        ("1 epoch", "100.0 / 20.0"),
+        ("1 epoch, MART", "100.0 / 20.0"),
     ]
-    assert rows[0][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
+    assert rows[0][5:8] == ["", "", "100.0 / 20.0 (L2, uniform; 1)"]
     assert rows[2][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
     assert rows[0][8:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
     brief = report.summary([comparison], details=False).splitlines()[2]
@@ -565,12 +617,12 @@ def test_what_is_fine_tuned_alike_is_compared() -> None:
     for one in (one for of in cells.values() for one in of.values()):
         point = one["curve"]["0"]
         point["images"], point["outcomes"]["clean"] = 10, np.packbits([1] * 10).tobytes().hex()
-        one[run.MORE] = one["curve"] = {"1": point}
+        one[MORE] = one["curve"] = {"1": point}
     dense = {seed: {"clean": 1.0, "pgd-20": 0.2, "settings": {"eps": "0.1", "test_images": 10}} for seed in (0, 1)}
     comparison = report.Comparison(report.Key("digits", "net", "macs", 0.5), cells, dense)
     assert comparison.alike("1") == ["L2, uniform", MAIN]
     assert comparison.others("1", "mrpf, RSLAD") == ["L2, uniform, RSLAD"]
-    usual, distilled = report.again(comparison, run.MORE).split("\n\n**")
+    usual, distilled = report.second_tables(comparison, MORE).split("\n\n**")
     assert "after 1 epoch of fine-tuning: 10 test images" in usual
     assert "| L2, uniform | 100.0 | 20.0 | +0.0 (+0.0 to +0.0) | -10.0 (" in usual
     assert "after 1 epoch of fine-tuning by RSLAD: 10 test images" in distilled
@@ -584,7 +636,7 @@ def test_another_objective_is_not_tried_without_fine_tuning() -> None:
     assert points_of("mrpf, RSLAD", (0, 1, 2)) == [1, 2]
     assert points_of("mrpf", (0, 1, 2)) == [0, 1, 2]
     with pytest.raises(InputError, match=r"^epochs: mrpf, RSLAD are other ways of fine-tuning; ask for some"):
-        run.selected(TIERS["smoke"], asked_for(epochs=["0"], contenders=["mrpf, RSLAD"]))
+        run.selected(TIERS["smoke"], asked_for(epochs=[0.0], contenders=["mrpf, RSLAD"]))
 
 
 def test_where_ours_is_missing_the_others_are_shown_all_the_same() -> None:

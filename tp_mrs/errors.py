@@ -87,7 +87,8 @@ def check_choice(name: str, value: object, choices: object) -> None:
         return
     shown = options if len(options) <= 12 else difflib.get_close_matches(str(value), options, n=5) or options[:5]
     more = "" if len(shown) == len(options) else f", … ({len(options)} in all)"
-    raise InputError(f"{name}: expected one of {', '.join(shown)}{more}, got {value!r}")
+    quoted = (repr(option) if ", " in option else option for option in shown)
+    raise InputError(f"{name}: expected one of {', '.join(quoted)}{more}, got {value!r}")
 
 
 def check_path(name: str, value: str | Path) -> Path:
