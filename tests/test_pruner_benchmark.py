@@ -604,7 +604,7 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
         ("1 epoch, MART", "100.0 / 20.0"),
     ]
     assert rows[0][5:8] == ["", "", "100.0 / 20.0 (L2, uniform; 1)"]
-    assert rows[2][5:7] == ["", "20.0 / 100.0 (L2, uniform; 1)"]
+    assert rows[2][5:8] == ["", "", "100.0 / 20.0 (L2, uniform; 1)"]
     assert rows[0][8:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
     brief = report.summary([comparison], details=False).splitlines()[2]
     assert brief == f"{' | '.join(rows[0][:8])} |"
