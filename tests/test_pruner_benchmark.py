@@ -605,9 +605,9 @@ def test_the_summary_has_the_first_and_the_last_point_of_each_curve() -> None:
     ]
     assert rows[0][5:8] == ["", "", "100.0 / 20.0 (L2, uniform; 1)"]
     assert rows[2][5:8] == ["", "", "100.0 / 20.0 (L2, uniform; 1)"]
-    assert rows[0][8:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
+    assert rows[0][9:] == ["+0.0", "50.0 / 50.0, 50.0 / 50.0 |"]
     brief = report.summary([comparison], details=False).splitlines()[2]
-    assert brief == f"{' | '.join(rows[0][:8])} |"
+    assert brief == f"{' | '.join(rows[0][:9])} |"
 
 
 def test_what_is_fine_tuned_alike_is_compared() -> None:
