@@ -345,6 +345,11 @@ def test_tiers_name_what_there_is(tier: str) -> None:
         assert len(set(part.contenders)) == len(part.contenders)
 
 
+def test_each_point_of_the_cpu_tier_is_committed() -> None:
+    missing = [point for point, missing in run.to_do(TIERS["cpu"], run.CELLS).items() if missing]
+    assert not missing
+
+
 def test_a_contender_that_cannot_meet_the_budget_is_reported(
     tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
