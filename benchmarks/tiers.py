@@ -133,6 +133,7 @@ CURVES = [
     "FPGM, global",
     "Taylor (adversarial), global",
     "Hessian (clean), isomorphic",
+    BESIDE,
     MAIN,
 ]
 """Over the first quarter of an epoch."""
