@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS, Budget
 from benchmarks.report import ATTACK, MEASURES, read_cell, right
-from benchmarks.run import CELLS, at_hand, do, in_processes, path_of
+from benchmarks.run import CELLS, at_hand, check_each, do, in_processes, path_of
 from benchmarks.tiers import SECOND, Work
 from tp_mrs.errors import InputError, check_choice, check_count, check_seed
 from tp_mrs.files import check_output_folder
@@ -84,9 +84,9 @@ def main() -> None:
         check_count("jobs", arguments.jobs)
         for seed in arguments.seeds or ():
             check_seed(seed)
-        for name in arguments.contenders or ():
-            check_choice("contenders", name, CONTENDERS)
-        if check_output_folder(arguments.out).resolve() == arguments.cells.resolve():
+        check_each("contenders", arguments.contenders or (), CONTENDERS)
+        folder = check_output_folder(arguments.out)
+        if folder.resolve() == arguments.cells.resolve():
             raise InputError("out: it is the folder of the old cells, which are not made again; choose another one")
         cells = {path: read_cell(path) for path in sorted(arguments.cells.glob("*/*/*.json"))}
         cells = {path: cell for path, cell in cells.items() if chosen(cell, arguments)}
@@ -99,7 +99,7 @@ def main() -> None:
     for path, cell in cells.items():
         if cell["data"] in there:
             by_network.setdefault((cell["data"], cell["network"], cell["seed"]), []).append(path)
-    tasks = [partial(_again_in_turn, paths, arguments.out, arguments.data_dir) for paths in by_network.values()]
+    tasks = [partial(_again_in_turn, paths, folder, arguments.data_dir) for paths in by_network.values()]
     sys.exit(0 if in_processes(tasks, arguments.jobs) else 1)
 
 

@@ -312,7 +312,7 @@ def summary(found: Iterable[Comparison], *, details: bool = True) -> str:
 
 def on_more_images(comparison: Comparison, ours: str, point: str) -> Comparison:
     """The same by `MORE`, if ours and the best other have it on all seeds; else as it is."""
-    more, seeds = by(comparison, MORE), set(comparison.seeds(ours, point))
+    more, seeds = second_look(comparison, MORE), set(comparison.seeds(ours, point))
     best = comparison.others(point, ours)[0]
     return more if seeds <= set(more.dense) and seeds <= set(more.shared(best, point, ours)) else comparison
 
@@ -419,7 +419,7 @@ def recovery(comparison: Comparison) -> str:
     return f"{title}\n\n{markdown(['', 'epochs needed', *map(epochs_text, points)], rows)}"
 
 
-def by(comparison: Comparison, measure: str) -> Comparison:
+def second_look(comparison: Comparison, measure: str) -> Comparison:
     """What was evaluated a second time, by one of `SECOND`, in place of the curves."""
     cells = {
         name: {seed: {**cell, "curve": cell.get(measure, {})} for seed, cell in of.items()}
@@ -431,7 +431,7 @@ def by(comparison: Comparison, measure: str) -> Comparison:
 
 def second_tables(comparison: Comparison, measure: str) -> str:
     """Contenders that were evaluated a second time, after each number of epochs."""
-    found = by(comparison, measure)
+    found = second_look(comparison, measure)
     at = itertools.product(found.points(), MAINS)
     return "\n\n".join(filter(None, (second_table(found, point, ours, SECOND[measure][-1]) for point, ours in at)))
 

@@ -1,7 +1,8 @@
 """What `python -m benchmarks.run` runs: which contenders, at which budgets, with how much fine-tuning.
 
-All that prune at once are compared at one budget of two networks; elsewhere, those that led there or that people reach
-for first. Fine-tuning takes most of the time, and is for few. Each point of `cpu` is among the committed results.
+All that prune without training are compared at one budget of two networks; elsewhere, those that led there or that
+people reach for first. Fine-tuning takes most of the time, and is for few. Each point of `cpu` is among the committed
+results.
 """
 
 from __future__ import annotations
